@@ -1,0 +1,9 @@
+"""The one exception for mistakes that the user can mend."""
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: arguments, files or settings.
+
+    The message says what was given, what was expected and what to do. Commands print it without a traceback and
+    exit with code 2.
+    """
