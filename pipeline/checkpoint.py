@@ -1,0 +1,214 @@
+"""Checkpoints that are whole or do not exist.
+
+DeepSpeed names a checkpoint `latest` before all ranks have finished writing it. Here it writes with `save_latest=False`;
+every rank then flushes and sums its own files, and only after that rank 0 writes the completion record `complete.json`
+(by rename) and moves `latest` (by rename). A folder without a record, or whose files differ from it, is torn: readers
+pass it over and say so.
+
+    checkpoints/latest                       the tag of the newest whole checkpoint
+    checkpoints/step-00000300/complete.json  files with sizes and checksums, step, samples, world size, recipe, corpus
+    checkpoints/step-00000300/*.pt           DeepSpeed's own files
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_prep import durable
+from data_prep.errors import UserError
+
+RECORD = "complete.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a whole checkpoint says of itself.
+
+    Attributes:
+        step: optimizer steps done.
+        samples_seen: samples of all ranks that led to it; the loader's whole state.
+        world_size, zero_stage: of the run that wrote it.
+        recipe: the part of the recipe that decides the weights (`Recipe.learned`).
+        corpus_fingerprint: of the corpus it was trained on.
+        files: name -> {"bytes", "sha256"}.
+    """
+
+    step: int
+    samples_seen: int
+    world_size: int
+    zero_stage: int
+    recipe: dict[str, Any]
+    corpus_fingerprint: str
+    files: dict[str, dict[str, Any]]
+
+
+def tag_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save(engine, folder: Path, record: Record, *, keep_last: int, keep_every_steps: int) -> None:
+    """Write one checkpoint; all ranks call it at the same step. `record.files` is filled in here.
+
+    Args:
+        engine: the student's DeepSpeed engine.
+        folder: the run's `checkpoints/`.
+        keep_last: how many of the newest stay.
+        keep_every_steps: multiples of it stay for ever; 0 for none.
+    """
+    rank, tag = dist.get_rank(), tag_of(record.step)
+    target = folder / tag
+    if rank == 0 and target.exists():
+        shutil.rmtree(target)  # torn: a whole one of this step would have been resumed from
+    dist.barrier()
+    engine.save_checkpoint(str(folder), tag=tag, client_state={"samples_seen": record.samples_seen}, save_latest=False)
+    gathered: list[dict[str, Any] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, _flush_own_files(target, rank))
+    if rank == 0:
+        files = {name: facts for part in gathered for name, facts in sorted((part or {}).items())}
+        durable.write(target / RECORD, json.dumps({**asdict(record), "files": files}, indent=1))
+        durable.sync_folder(folder)
+        durable.write(folder / "latest", tag)
+        _remove_old(folder, keep_last, keep_every_steps)
+    dist.barrier()
+
+
+def find(folder: Path, resume: str, *, log: Callable[[str], None] = print) -> Record | None:
+    """The checkpoint to start from, or None for a fresh start.
+
+    Args:
+        folder: the run's `checkpoints/`; need not exist.
+        resume: "auto" (the newest whole one), "never", or a step.
+
+    Raises:
+        UserError: checkpoints are there but must not be used, or cannot be.
+    """
+    tags = sorted((p.name for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+    if resume == "never":
+        if tags:
+            raise UserError(
+                f"{folder} already holds {tags[0]}; --resume never would write over it. Use another run.output."
+            )
+        return None
+    if resume != "auto":
+        if not resume.isdigit():
+            raise UserError(f"--resume takes auto, never or a step, not {resume!r}")
+        wanted = tag_of(int(resume))
+        if problem := why_torn(folder / wanted):
+            raise UserError(f"cannot resume from step {resume}: {problem}")
+        return read_record(folder / wanted)
+    for tag in tags:
+        problem = why_torn(folder / tag)
+        if not problem:
+            return read_record(folder / tag)
+        log(f"passing over the checkpoint {tag}: {problem}")
+    if tags:
+        raise UserError(
+            f"no checkpoint in {folder} is whole. Remove the folder to start anew, or use another run.output."
+        )
+    return None
+
+
+def why_torn(checkpoint: Path, *, checksums: bool = False) -> str | None:
+    """Why a checkpoint cannot be used; None if it is whole. Sizes are always compared, checksums on request."""
+    if not checkpoint.is_dir():
+        return f"there is no {checkpoint}"
+    try:
+        record = read_record(checkpoint)
+    except FileNotFoundError:
+        return "it was never finished (no completion record)"
+    except (ValueError, TypeError) as error:
+        return f"its completion record cannot be read ({error})"
+    for name, facts in record.files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != facts["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, expected {facts['bytes']}"
+        if checksums and durable.sha256(path) != facts["sha256"]:
+            return f"{name} differs from its checksum"
+    return None
+
+
+def read_record(checkpoint: Path) -> Record:
+    return Record(**json.loads((checkpoint / RECORD).read_text(encoding="utf-8")))
+
+
+def check_belongs(record: Record, *, recipe: dict[str, Any], corpus_fingerprint: str, folder: Path) -> None:
+    """Refuse a checkpoint of another recipe or another corpus."""
+    from pipeline.config import differences
+
+    if lines := differences(json.loads(json.dumps(recipe)), record.recipe):
+        raise UserError(
+            f"the checkpoints in {folder} were made by another recipe:\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + "\nUse the same values to go on with that run, or another run.output for a new one."
+        )
+    if record.corpus_fingerprint != corpus_fingerprint:
+        raise UserError(
+            f"the checkpoints in {folder} were trained on another corpus than data.corpus holds now "
+            f"({record.corpus_fingerprint[:12]} there, {corpus_fingerprint[:12]} here). "
+            "Bring that corpus back, or use another run.output."
+        )
+
+
+def load(engine, folder: Path, record: Record) -> None:
+    """Give the engine the weights, optimizer state and schedule of a checkpoint, and make sure that it took them.
+
+    Raises:
+        UserError: the checkpoint was written by another number of ranks or another ZeRO stage.
+    """
+    stage = engine.zero_optimization_stage()
+    if (record.world_size, record.zero_stage) != (dist.get_world_size(), stage):
+        raise UserError(
+            f"{folder / tag_of(record.step)} was written by {record.world_size} ranks at ZeRO stage "
+            f"{record.zero_stage}, this run has {dist.get_world_size()} ranks at stage {stage}. Start it as it was."
+        )
+    path, client_state = engine.load_checkpoint(str(folder), tag=tag_of(record.step))
+    if path is None or client_state.get("samples_seen") != record.samples_seen or engine.global_steps != record.step:
+        raise RuntimeError(f"DeepSpeed did not load {folder / tag_of(record.step)}: {path}, {client_state}")
+
+
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The student's full fp32 weights of a checkpoint of any ZeRO stage, on the CPU; no process group is needed."""
+    record = read_record(checkpoint)
+    if record.zero_stage == 0:
+        states = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        return {name: tensor.float() for name, tensor in states["module"].items()}
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    return {name: tensor.clone() for name, tensor in weights.items()}
+
+
+def _flush_own_files(target: Path, rank: int) -> dict[str, dict[str, Any]]:
+    """Flush the files that this rank wrote to the disk; name -> size and checksum."""
+    facts = {}
+    for path in sorted(target.rglob("*")):
+        if path.is_file() and _writer_of(path.name) == rank:
+            durable.sync_file(path)
+            facts[str(path.relative_to(target))] = {"bytes": path.stat().st_size, "sha256": durable.sha256(path)}
+    return facts
+
+
+def _writer_of(name: str) -> int:
+    """The rank that wrote a file: DeepSpeed puts it into the names of partitioned files, rank 0 writes the others."""
+    _, found, rest = name.partition("zero_pp_rank_")
+    return int(rest.split("_")[0]) if found else 0
+
+
+def _remove_old(folder: Path, keep_last: int, keep_every_steps: int) -> None:
+    whole = sorted(path.parent for path in folder.glob(f"step-*/{RECORD}"))
+    for checkpoint in whole[:-keep_last]:
+        step = read_record(checkpoint).step
+        if not (keep_every_steps and step % keep_every_steps == 0):
+            (checkpoint / RECORD).unlink()  # first, so that a half removed one is torn, not whole
+            shutil.rmtree(checkpoint)

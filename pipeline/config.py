@@ -1,0 +1,333 @@
+"""The recipe: everything that decides what is learned, read from TOML into frozen dataclasses and checked.
+
+A recipe never says how a run fits its machines (ZeRO stage, offload, precision, micro-batch): that is the DeepSpeed
+configuration's, see `pipeline.engine`. Strings may hold `${NAME}`, taken from the environment; `${MINILM_HOME}` always
+has a value (`data_prep.samples.home`).
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from data_prep import durable, samples
+from data_prep.errors import UserError
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"
+_STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+PairName = Literal["qq", "kk", "vv", "qk", "qv", "kq", "kv", "vq", "vk"]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Run:
+    """Where a run lives.
+
+    Attributes:
+        output: folder of recipe.toml, checkpoints/, tensorboard/, metrics.jsonl and export/.
+        seed: of the sample order, the student's initial weights and dropout.
+    """
+
+    output: str
+    seed: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Teacher:
+    """The frozen teacher.
+
+    Attributes:
+        model: hub id or local folder.
+        layer: whose queries, keys and values are learned; the first layer is 1.
+        placement: a replica per rank, or its own ZeRO-3 engine.
+        trust_remote_code: run model code that comes with the weights.
+    """
+
+    model: str
+    layer: Positive
+    placement: Literal["auto", "replica"] = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Student:
+    """The student's architecture and first weights.
+
+    Attributes:
+        shape: layers x hidden size, such as "6x384".
+        heads: attention heads.
+        feed_forward: inner size of the feed-forward; four times the hidden size if absent.
+        family: the teacher's architecture, or BERT's with the teacher's vocabulary.
+        init: the first weights, see `pipeline.models.build_student`.
+        tail_init: of the last layer's part behind its queries, keys and values, which the loss never trains.
+        dropout: of hidden states and attention.
+    """
+
+    shape: Annotated[str, Field(pattern=r"^\d+x\d+$")]
+    heads: Positive = 12
+    feed_forward: Positive | None = None
+    family: Literal["teacher", "bert"] = "teacher"
+    init: str = "random"
+    tail_init: str = "random"
+    dropout: Fraction = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Relations:
+    """The relations of Wang et al. (2021), section 3.
+
+    Attributes:
+        heads: relation heads A_r; must divide the hidden sizes of teacher and student.
+        pairs: weight of each relation; q, k, v stand for queries, keys, values.
+        implementation: of the loss, see `pipeline.relations.relation_loss`.
+    """
+
+    heads: Positive
+    pairs: dict[PairName, Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: dict(qq=1.0, kk=1.0, vv=1.0))
+    implementation: Literal["auto", "reference", "chunked", "triton"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Data:
+    """Which samples come in which order; the fields are those of `pipeline.loader.DataOptions`.
+
+    Attributes:
+        corpus: folder made by `minilm prepare`.
+        seq_tokens: positions of a sample, special tokens included.
+    """
+
+    corpus: str
+    seq_tokens: Annotated[int, Field(ge=8)]
+    weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    temperature_alpha: Annotated[float, Field(gt=0, le=1)] | None = None
+    attention: Literal["window", "document"] = "window"
+    packing: Literal["window", "none"] = "window"
+    block_samples: NotNegative = 0
+    shift_windows: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Optimizer:
+    """AdamW and its schedule.
+
+    Attributes:
+        global_batch_samples: samples of one optimizer step, over all ranks and micro-batches.
+        schedule: of the learning rate after the warm-up, down to zero at the last step.
+        clip_norm: largest norm of the gradient; 0 leaves it alone.
+        weight_decay: of matrices; norms and biases do not decay.
+    """
+
+    global_batch_samples: Positive
+    steps: Positive
+    peak_lr: Annotated[float, Field(gt=0)]
+    warmup_steps: NotNegative
+    schedule: Literal["linear", "cosine"] = "linear"
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Checkpoint:
+    """When checkpoints are written and which are kept: the last `keep_last`, and every `keep_every_steps`-th step."""
+
+    every_steps: Positive
+    keep_last: Positive = 3
+    keep_every_steps: NotNegative = 0
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Logging:
+    """When the loss is logged and when the held-out loss is measured (at the first and last step in any case)."""
+
+    every_steps: Positive = 10
+    validate_every_steps: NotNegative = 0
+    validation_samples: Positive = 256
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Recipe:
+    """One distillation run. `load_recipe` reads it, `to_dict` and `write_recipe` give it back."""
+
+    run: Run
+    teacher: Teacher
+    student: Student
+    relations: Relations
+    data: Data
+    optimizer: Optimizer
+    checkpoint: Checkpoint
+    logging: Logging = Field(default_factory=Logging)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without those that are absent (TOML has no null)."""
+        sections = dataclasses.asdict(self)
+        return {name: {k: v for k, v in section.items() if v is not None} for name, section in sections.items()}
+
+    def learned(self) -> dict[str, Any]:
+        """The part that decides the weights: what a checkpoint must agree with."""
+        sections = self.to_dict()
+        sections["run"] = {"seed": self.run.seed}
+        for name in ("checkpoint", "logging"):
+            del sections[name]
+        del sections["teacher"]["placement"]
+        del sections["relations"]["implementation"]
+        return sections
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.learned(), sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe by its shipped name or its path; `overrides` are `section.key=value` with TOML values.
+
+    Raises:
+        UserError: no such recipe, not TOML, unknown key, wrong type or value; the message names each.
+    """
+    path = _find_recipe(name_or_path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a TOML file: {error}") from None
+    for override in overrides:
+        _apply_override(table, override)
+    return parse_recipe(_expand(table), where=str(path))
+
+
+def parse_recipe(table: dict[str, Any], where: str) -> Recipe:
+    """Check plain values and make the recipe of them; `where` names their origin in messages."""
+    table = dict(table)
+    if isinstance(betas := table.get("optimizer", {}).get("betas"), list):
+        table["optimizer"] = table["optimizer"] | {"betas": tuple(betas)}
+    try:
+        return pydantic.TypeAdapter(Recipe).validate_python(table)
+    except pydantic.ValidationError as error:
+        problems = "\n".join(f"  {_problem(item)}" for item in error.errors())
+        raise UserError(f"the recipe {where} is not valid:\n{problems}") from None
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe as TOML; `load_recipe` gives an equal one."""
+    import tomli_w
+
+    durable.write(path, tomli_w.dumps(recipe.to_dict()))
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def check_against_teacher(recipe: Recipe, *, layers: int, hidden: int, positions: int) -> None:
+    """Refuse what the teacher's size makes impossible.
+
+    Args:
+        layers: of the whole teacher.
+        hidden: the teacher's hidden size.
+        positions: the longest input that the teacher takes, in tokens.
+    """
+    student_hidden = int(recipe.student.shape.split("x")[1])
+    heads = recipe.relations.heads
+    problems = []
+    if recipe.teacher.layer > layers:
+        problems.append(f"teacher.layer = {recipe.teacher.layer}, but {recipe.teacher.model} has layers 1 to {layers}")
+    for whose, size in (("teacher", hidden), ("student", student_hidden)):
+        if size % heads:
+            problems.append(f"relations.heads = {heads} does not divide the {whose}'s hidden size {size}")
+    if student_hidden % recipe.student.heads:
+        problems.append(f"student.heads = {recipe.student.heads} does not divide the student's hidden {student_hidden}")
+    if recipe.data.seq_tokens > positions:
+        problems.append(f"data.seq_tokens = {recipe.data.seq_tokens}, but the teacher has {positions} positions")
+    if recipe.optimizer.warmup_steps > recipe.optimizer.steps:
+        problems.append(
+            f"optimizer.warmup_steps = {recipe.optimizer.warmup_steps} exceeds optimizer.steps = "
+            f"{recipe.optimizer.steps}"
+        )
+    if recipe.data.weights and recipe.data.temperature_alpha:
+        problems.append("data.weights and data.temperature_alpha exclude each other: give one of them")
+    if problems:
+        raise UserError("the recipe cannot run:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """The keys in which two recipes' plain values differ, as `section.key: ours, theirs`."""
+    lines = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        mine, other = ours.get(key), theirs.get(key)
+        if isinstance(mine, dict) and isinstance(other, dict):
+            lines += differences(mine, other, f"{prefix}{key}.")
+        elif _plain(mine) != _plain(other):
+            lines.append(f"{prefix}{key}: {mine!r} here, {other!r} there")
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _find_recipe(name_or_path: str) -> Path:
+    for path in (Path(name_or_path), RECIPES / f"{name_or_path}.toml"):
+        if path.is_file():
+            return path
+    raise UserError(
+        f"there is no recipe {name_or_path!r}: give a TOML file or one of {', '.join(shipped_recipes())} (in {RECIPES})"
+    )
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and section and name):
+        raise UserError(f"{override!r} is not section.key=value, such as optimizer.peak_lr=3e-4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, leaf = name.split(".")
+    target = table.setdefault(section, {})
+    for parent in parents:
+        target = target.setdefault(parent, {})
+    target[leaf] = value
+
+
+def _expand(value: Any) -> Any:
+    """Replace `${NAME}` in all strings, however deep."""
+    if isinstance(value, dict):
+        return {key: _expand(item) for key, item in value.items()}
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match) -> str:
+        name = match.group(1)
+        if name == "MINILM_HOME":
+            return str(samples.home())
+        if name not in os.environ:
+            raise UserError(f"the recipe uses ${{{name}}}, which is not set in the environment")
+        return os.environ[name]
+
+    return re.sub(r"\$\{(\w+)\}", replace, value)
+
+
+def _problem(item: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{key}: there is no such key"
+    if item["type"] in ("missing", "missing_argument"):
+        return f"{key}: is missing"
+    given = item.get("input")
+    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]} (given: {given!r})"
