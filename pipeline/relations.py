@@ -1,0 +1,307 @@
+"""The loss of MiniLMv2: KL divergence between the self-attention relations of teacher and student.
+
+Wang et al., "MiniLMv2: Multi-Head Self-Attention Relation Distillation", arXiv 2012.15828, section 3. Queries, keys and
+values of one layer are joined over the attention heads and split again into A relation heads of width d = hidden / A.
+For a pair (x, y) of {Q, K, V} and a row of the batch with n real positions:
+
+    R(x, y) = softmax(x y^T / sqrt(d))                                          per relation head, [n, n]
+    L(x, y) = 1 / (A n) * sum over heads and positions of KL(R_teacher || R_student)
+
+averaged over the rows of the batch; the total is the weighted sum over the chosen pairs. Padding takes part neither as
+a query nor as a key, and with `document_ids` a relation stays inside its document.
+
+Three implementations of one function: `reference` builds the matrices and reads like the equations above, `chunked`
+keeps only a block of them and runs on any device, `triton` (relation_kernel.py) keeps none.
+
+Shapes: B rows, S positions, H hidden, A relation heads, d = H / A, n real positions of a document in a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data_prep.errors import UserError
+
+PAIRS = ("qq", "kk", "vv", "qk", "qv", "kq", "kv", "vq", "vk")
+IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
+
+# Centred scores up to this size can be exponentiated without a shift: exp(64) * 2^20 positions is far below the
+# largest fp32, and a row whose mean score is 0 has a maximum >= 0, so its sum is >= 1 and never underflows.
+_SAFE_SCORE = 64.0
+# Scores of one matrix in a block. Two blocks (teacher, student) of fp32 per thread stay inside a 2 MiB L2 cache.
+_BLOCK_SCORES_PER_THREAD = 1 << 17
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values of one layer, heads joined: each [B, S, H]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelationLoss:
+    """Weighted `total` (a scalar to call backward on) and the unweighted loss of each pair, detached."""
+
+    total: Tensor
+    per_pair: dict[str, Tensor]
+
+
+def relation_loss(
+    teacher: QKV,
+    student: QKV,
+    *,
+    heads: int,
+    pairs: Mapping[str, float] | None = None,
+    mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    implementation: str = "auto",
+) -> RelationLoss:
+    """Distance between the self-attention relations of teacher and student.
+
+    Args:
+        teacher: [B, S, H_teacher] each; no gradient flows into it.
+        student: [B, S, H_student] each.
+        heads: relation heads A; divides both hidden sizes.
+        pairs: weight of each pair, a subset of `PAIRS`; Q-Q, K-K and V-V with weight 1 unless given.
+        mask: bool [B, S], True where there is a real token; None when there is no padding.
+        document_ids: int [B, S]; relations are kept between positions with equal numbers. Negative is padding.
+        implementation: one of `IMPLEMENTATIONS`; `auto` takes triton on CUDA and chunked elsewhere.
+
+    Raises:
+        UserError: the heads do not divide the hidden sizes, or a pair or implementation is unknown.
+        ValueError: the shapes of teacher, student, mask and document_ids do not belong together.
+    """
+    pairs = {"qq": 1.0, "kk": 1.0, "vv": 1.0} if pairs is None else dict(pairs)
+    _check(teacher, student, heads, pairs, mask, document_ids)
+    if document_ids is not None:
+        real = document_ids >= 0
+        mask = real if mask is None else mask & real
+    if implementation == "auto":
+        implementation = _best_implementation(student.query)
+    if implementation == "reference":
+        losses = _reference(teacher, student, heads, pairs, mask, document_ids)
+        total = sum(weight * losses[i] for i, weight in enumerate(pairs.values()))
+    elif implementation == "chunked":
+        total, losses = _Chunked.apply(teacher, heads, pairs, mask, document_ids, _wants_gradient(student), *student)
+    elif implementation == "triton":
+        from pipeline.relation_kernel import fused_relation_loss
+
+        total, losses = fused_relation_loss(teacher, student, heads, pairs, mask, document_ids)
+    else:
+        raise UserError(f"unknown implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    return RelationLoss(total=total, per_pair=dict(zip(pairs, losses.detach().unbind(), strict=True)))
+
+
+def _check(teacher: QKV, student: QKV, heads: int, pairs: Mapping[str, float], mask, document_ids) -> None:
+    if not pairs or not set(pairs) <= set(PAIRS):
+        raise UserError(f"unknown relation pairs {sorted(pairs)}; choose one or more of {', '.join(PAIRS)}")
+    for role, qkv in (("teacher", teacher), ("student", student)):
+        hidden = qkv.query.shape[-1]
+        if heads < 1 or hidden % heads:
+            raise UserError(f"{heads} relation heads do not divide the {role}'s hidden size {hidden}; choose a divisor")
+        if any(x.shape != qkv.query.shape for x in qkv):
+            raise ValueError(f"the {role}'s Q, K, V differ in shape: {[tuple(x.shape) for x in qkv]}")
+    positions = teacher.query.shape[:2]
+    for name, shape in (
+        ("student", student.query.shape[:2]),
+        ("mask", positions if mask is None else mask.shape),
+        ("document_ids", positions if document_ids is None else document_ids.shape),
+    ):
+        if shape != positions:
+            raise ValueError(f"teacher has [batch, positions] {tuple(positions)}, {name} has {tuple(shape)}")
+
+
+def _best_implementation(x: Tensor) -> str:
+    if x.device.type == "cuda":
+        from pipeline.relation_kernel import is_available
+
+        if is_available():
+            return "triton"
+    return "chunked"
+
+
+def _wants_gradient(student: QKV) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in student)
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _pair_of(qkv: QKV, pair: str) -> tuple[Tensor, Tensor]:
+    return qkv["qkv".index(pair[0])], qkv["qkv".index(pair[1])]
+
+
+# --- reference: the equations, one line each ---------------------------------------------------------------------
+
+
+def relation_heads(x: Tensor, heads: int) -> Tensor:
+    """Split the joined hidden axis into relation heads: [B, S, H] -> [B, A, S, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def relation_log_probs(x: Tensor, y: Tensor, heads: int, allowed: Tensor) -> Tensor:
+    """log softmax(x y^T / sqrt(d)): [B, S, H] twice -> [B, A, S, S]; -inf where `allowed` [B, 1, S, S] is False."""
+    x, y = relation_heads(x, heads), relation_heads(y, heads)
+    scores = x @ y.transpose(-1, -2) / math.sqrt(x.shape[-1])
+    return scores.masked_fill(~allowed, -math.inf).log_softmax(-1)
+
+
+def _reference(teacher: QKV, student: QKV, heads: int, pairs, mask: Tensor | None, documents: Tensor | None) -> Tensor:
+    """Loss of each pair, [pairs], through ordinary autograd; holds matrices of [B, A, S, S]."""
+    dtype = _compute_dtype(*teacher, *student)
+    b, s = student.query.shape[:2]
+    real = student.query.new_ones(b, s, dtype=torch.bool) if mask is None else mask
+    allowed = real[:, :, None] & real[:, None, :]
+    if documents is not None:
+        allowed = allowed & (documents[:, :, None] == documents[:, None, :])
+    # A padding query has no key at all; its softmax is taken over every position and thrown away below.
+    allowed = (allowed | ~real[:, :, None])[:, None]
+    losses = []
+    for pair in pairs:
+        log_t = relation_log_probs(*(x.detach().to(dtype) for x in _pair_of(teacher, pair)), heads, allowed)
+        log_s = relation_log_probs(*(x.to(dtype) for x in _pair_of(student, pair)), heads, allowed)
+        divergence = (log_t.exp() * (log_t - log_s).masked_fill(~allowed, 0.0)).sum(-1)  # [B, A, S]
+        per_row = divergence.masked_fill(~real[:, None], 0.0).sum((1, 2)) / (heads * real.sum(-1).clamp(min=1))
+        losses.append(per_row.mean())
+    return torch.stack(losses)
+
+
+# --- chunked: a block of the matrices at a time, gradient in the forward pass --------------------------------------
+
+
+class _Chunked(torch.autograd.Function):
+    """Loss and gradient together: dKL/dscores = p_student - p_teacher needs nothing that comes after the loss."""
+
+    @staticmethod
+    def forward(ctx, teacher: QKV, heads: int, pairs, mask, documents, wants_gradient: bool, *student: Tensor):
+        dtype = _compute_dtype(*teacher, *student)
+        grads = tuple(torch.zeros_like(x, dtype=dtype) for x in student) if wants_gradient else ()
+        losses = _chunked_losses(QKV(*teacher), QKV(*student), grads, heads, pairs, mask, documents, dtype)
+        total = losses @ losses.new_tensor(list(pairs.values()))
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [x.dtype for x in student]
+        ctx.mark_non_differentiable(losses)
+        return total, losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total: Tensor, _: Any):
+        grads = (
+            (grad_total * g).to(dtype) if needed else None
+            for g, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[6:], strict=True)
+        )
+        return None, None, None, None, None, None, *grads
+
+
+def _documents(mask: Tensor | None, documents: Tensor | None, b: int, s: int, device) -> Iterator[tuple[Tensor, float]]:
+    """Positions (flat, [n]) of every document of every row, with 1 / real positions of the row."""
+    if mask is None and documents is None:
+        for row in range(b):
+            yield torch.arange(row * s, (row + 1) * s, device=device), 1.0 / s
+        return
+    row = torch.arange(b, device=device)[:, None].expand(b, s)
+    keep = torch.ones(b, s, dtype=torch.bool, device=device) if mask is None else mask
+    number = torch.zeros(b, s, dtype=torch.long, device=device) if documents is None else documents.long()
+    group = (row * (number.max() + 1) + number)[keep]
+    flat = keep.flatten().nonzero().squeeze(1)
+    order = group.argsort(stable=True)
+    _, sizes = group[order].unique_consecutive(return_counts=True)
+    real = keep.sum(1).tolist()
+    for positions in flat[order].split(sizes.tolist()):
+        yield positions, 1.0 / real[int(positions[0]) // s]
+
+
+def _chunked_losses(teacher: QKV, student: QKV, grads, heads: int, pairs, mask, documents, dtype) -> Tensor:
+    """Loss of each pair, [pairs]; adds the gradient of the weighted total into `grads`, each [B, S, H]."""
+    b, s = student.query.shape[:2]
+    device = student.query.device
+    losses = torch.zeros(len(pairs), dtype=dtype, device=device)
+    for positions, per_position in _documents(mask, documents, b, s, device):
+
+        def split(x: Tensor, positions=positions) -> Tensor:  # [B, S, H] -> [A, n, d]
+            return x.flatten(0, 1)[positions].to(dtype).unflatten(-1, (heads, -1)).transpose(0, 1).contiguous()
+
+        needed = [any(name in pair for pair in pairs) for name in "qkv"]
+        t = [split(x) if use else None for x, use in zip(teacher, needed, strict=True)]
+        u = [split(x) if use else None for x, use in zip(student, needed, strict=True)]
+        g = [torch.zeros_like(x) if grads and use else None for x, use in zip(u, needed, strict=True)]
+        scale = per_position / (heads * b)
+        for i, (pair, weight) in enumerate(pairs.items()):
+            x, y = "qkv".index(pair[0]), "qkv".index(pair[1])
+            losses[i] += scale * _divergence(t[x], t[y], u[x], u[y], g[x], g[y], weight * scale)
+        for grad, local in zip(grads, g, strict=False):
+            if local is not None:
+                grad.flatten(0, 1)[positions] = local.transpose(0, 1).flatten(1)
+    return losses
+
+
+def _divergence(xt, yt, xs, ys, gx, gy, weight: float) -> Tensor:
+    """Sum of KL over heads and positions of one document; all [A, n, d]. Adds weight * gradient into gx and gy.
+
+    Everything but the exponentials is a matrix product. With e = exp(scores), z = its row sums and p = e / z:
+
+        sum_j p_T s_T = x_T . (e_T y_T) / z_T      sum_j p_T s_S = x_S . (e_T y_S) / z_T
+        KL            = sum_j p_T (s_T - s_S) - log z_T + log z_S
+        dx            = (e_S y_S) / z_S - (e_T y_S) / z_T            rows of (p_S - p_T) y_S
+        dy            = e_S^T (x_S / z_S) - e_T^T (x_S / z_T)
+
+    so e_T [y_T, y_S, 1] and e_S [y_S, 1] give the loss, dx and both z. A softmax does not change when one vector is
+    taken from all keys, so the keys are centred: scores shrink, and each row's maximum is at least 0, its mean.
+    """
+    a, n, dt = xt.shape
+    ds = xs.shape[-1]
+    xt, xq = xt / math.sqrt(dt), xs / math.sqrt(ds)
+    yt, yq = yt - yt.mean(1, keepdim=True), ys - ys.mean(1, keepdim=True)
+    one = yt.new_ones(a, n, 1)
+    right_t, right_s = torch.cat([yt, yq, one], -1), torch.cat([yq, one], -1)
+    shifted = xt.device.type != "cpu" or max(_largest_score(xt, yt), _largest_score(xq, yq)) > _SAFE_SCORE
+    heads, rows = _block(a, n, torch.get_num_threads())
+    buffer = xt.new_empty(2, heads * rows * n)
+    total = xt.new_zeros(())
+    for h in range(0, a, heads):
+        hs = slice(h, min(h + heads, a))
+        for r in range(0, n, rows):
+            at = (hs, slice(r, min(r + rows, n)))
+            et, shift_t = _exp_scores(xt[at], yt[hs], buffer[0], shifted)
+            es, shift_s = _exp_scores(xq[at], yq[hs], buffer[1], shifted)
+            ot, os = et @ right_t[hs], es @ right_s[hs]  # [heads, rows, dt + ds + 1], [heads, rows, ds + 1]
+            zt, zs = ot[..., -1:], os[..., -1:]
+            ot, os = ot[..., :-1] / zt, os[..., :-1] / zs
+            total += (xt[at] * ot[..., :dt]).sum() - (xq[at] * ot[..., dt:]).sum()
+            total += (zs.log() - zt.log()).sum() + (shift_s - shift_t)
+            if gx is not None:
+                gx[at].add_(os - ot[..., dt:], alpha=weight / math.sqrt(ds))
+                gy[hs].baddbmm_(es.transpose(1, 2), xq[at] / zs, alpha=weight)
+                gy[hs].baddbmm_(et.transpose(1, 2), xq[at] / zt, alpha=-weight)
+    return total
+
+
+def _largest_score(x: Tensor, y: Tensor) -> float:
+    """Upper bound of |x_i . y_j| (Cauchy-Schwarz), over all heads."""
+    return float((x.norm(dim=-1).amax(1) * y.norm(dim=-1).amax(1)).max())
+
+
+def _block(a: int, n: int, threads: int) -> tuple[int, int]:
+    """Heads and rows of a block: whole heads for every thread if they fit, else rows of one head per thread."""
+    rows = max(1, min(n, _BLOCK_SCORES_PER_THREAD // n))
+    heads = max(1, min(a, threads * max(1, _BLOCK_SCORES_PER_THREAD // (rows * n))))
+    return heads, rows
+
+
+def _exp_scores(x: Tensor, y: Tensor, buffer: Tensor, shifted: bool) -> tuple[Tensor, Tensor | float]:
+    """exp(x y^T - shift) in `buffer`, [heads, rows, n], and the sum of the shifts."""
+    shape = (x.shape[0], x.shape[1], y.shape[1])
+    scores = torch.bmm(x, y.transpose(1, 2), out=buffer[: math.prod(shape)].view(shape))
+    if not shifted:
+        return scores.exp_(), 0.0
+    shift = scores.amax(-1, keepdim=True)
+    return scores.sub_(shift).exp_(), shift.sum()
