@@ -1,0 +1,133 @@
+"""What the pipeline must know about an encoder architecture to distil it: one row each.
+
+A row says where the layers are, which projections of a layer give its queries, keys and values, which norm comes before
+them, how positions are numbered, and what the configuration calls its sizes and dropouts. Adding an architecture is
+adding a row and running the equality test over it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from data_prep.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One row of the table; paths are relative to the backbone (`layers`, `final`) or to one layer (the others).
+
+    Attributes:
+        layers: the list of layers.
+        projections: query, key and value projections; one name if a single projection gives all three side by side.
+        norm: norm that a pre-norm layer applies to its input before the projections.
+        attention_output: projection of the attention's output back into the residual stream.
+        feed_forward_output: second projection of the feed-forward.
+        final: parameters behind the last layer, other than a pooler.
+        shared: parameters that every layer's attention scores use, and nothing else.
+        layer_returns_tuple: the layer returns (hidden states, attention maps or nothing) instead of hidden states.
+        has_pooler: the backbone's constructor takes `add_pooling_layer`.
+        first_position: number of the first position in the position table; None: one more than the padding id.
+        feed_forward_size: the configuration's name of the inner size of the feed-forward.
+        dropouts: the configuration's names of the dropout rates that the backbone uses.
+        mask: how the backbone takes its attention mask, see `RelationEncoder`.
+        word_embeddings: the word embeddings; `tables` are other embeddings added to them.
+    """
+
+    layers: str = "encoder.layer"
+    projections: tuple[str, ...] = ("attention.self.query", "attention.self.key", "attention.self.value")
+    norm: str | None = None
+    attention_output: str = "attention.output.dense"
+    feed_forward_output: str = "output.dense"
+    final: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    layer_returns_tuple: bool = False
+    has_pooler: bool = True
+    first_position: int | None = 0
+    feed_forward_size: str = "intermediate_size"
+    dropouts: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    mask: str = "scores"
+    word_embeddings: str = "embeddings.word_embeddings"
+    tables: tuple[str, ...] = ("embeddings.position_embeddings", "embeddings.token_type_embeddings")
+
+    def layer_list(self, backbone: PreTrainedModel) -> nn.ModuleList:
+        return backbone.get_submodule(self.layers)
+
+    def position_offset(self, config: PretrainedConfig) -> int:
+        return config.pad_token_id + 1 if self.first_position is None else self.first_position
+
+
+_ROBERTA = Architecture(first_position=None)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "bert": Architecture(),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "xlm-roberta-xl": Architecture(
+        norm="attention.self_attn_layer_norm", final=("encoder.LayerNorm",), first_position=None
+    ),
+    "electra": Architecture(has_pooler=False),
+    "mpnet": Architecture(
+        projections=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        attention_output="attention.attn.o",
+        shared=("encoder.relative_attention_bias",),
+        layer_returns_tuple=True,
+        first_position=2,
+        tables=("embeddings.position_embeddings",),
+    ),
+    "deberta-v2": Architecture(
+        projections=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
+        shared=("encoder.rel_embeddings", "encoder.LayerNorm"),
+        layer_returns_tuple=True,
+        has_pooler=False,
+        mask="deberta",
+    ),
+    "modernbert": Architecture(
+        layers="layers",
+        projections=("attn.Wqkv",),
+        norm="attn_norm",
+        attention_output="attn.Wo",
+        feed_forward_output="mlp.Wo",
+        final=("final_norm",),
+        has_pooler=False,
+        dropouts=("embedding_dropout", "mlp_dropout", "attention_dropout"),
+        mask="sliding",
+        word_embeddings="embeddings.tok_embeddings",
+        tables=(),
+    ),
+    "distilbert": Architecture(
+        layers="transformer.layer",
+        projections=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        attention_output="attention.out_lin",
+        feed_forward_output="ffn.lin2",
+        has_pooler=False,
+        feed_forward_size="hidden_dim",
+        dropouts=("dropout", "attention_dropout"),
+        tables=("embeddings.position_embeddings",),
+    ),
+}
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """The row of a configuration.
+
+    Raises:
+        UserError: there is none; the message names those there are.
+    """
+    if config.model_type not in ARCHITECTURES:
+        raise UserError(
+            f"models of type {config.model_type!r} cannot be distilled; known types are "
+            f"{', '.join(sorted(ARCHITECTURES))}. A new one is a row in pipeline/architectures.py."
+        )
+    return ARCHITECTURES[config.model_type]
+
+
+def position_limit(config: PretrainedConfig) -> int:
+    """Longest sample in positions that a model of this configuration takes."""
+    return config.max_position_embeddings - architecture_of(config).position_offset(config)
