@@ -75,8 +75,8 @@ class RelationEncoder(nn.Module):
         """
         if position_ids is not None:
             position_ids = position_ids + self.architecture.position_offset(self.config)
-        mask = self._mask(attention_mask, document_ids)
-        with self._projecting_last_layer() as qkv:
+        allowed = allowed_scores(attention_mask, document_ids)
+        with self._projecting_last_layer() as qkv, self._masking(allowed, attention_mask, input_ids) as mask:
             self.backbone(input_ids, attention_mask=mask, position_ids=position_ids)
         return qkv[0]
 
@@ -100,22 +100,47 @@ class RelationEncoder(nn.Module):
             else:
                 layer.forward = previous
 
-    def _mask(self, attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
-        """The mask over attention scores, [batch, 1, 1 or positions, positions], as the backbone wants it."""
-        if attention_mask is None and document_ids is None:
-            return None
-        allowed = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-        if document_ids is not None:
-            same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-            allowed = same if allowed is None else same & allowed
-        # A row of scores with nothing allowed would give NaN, which even a zero gradient cannot remove.
-        allowed = allowed | ~allowed.any(-1, keepdim=True)
+    @contextmanager
+    def _masking(
+        self, allowed: Tensor | None, attention_mask: Tensor | None, input_ids: Tensor
+    ) -> Iterator[Tensor | dict[str, Tensor] | None]:
+        """The attention mask as the backbone takes it, from the allowed scores."""
+        if self.architecture.mask == "deberta":  # wants [batch, positions] and makes its own scores' mask of it
+            encoder = self.backbone.encoder
+            if allowed is not None:
+                encoder.get_attention_mask = lambda _: allowed
+            try:
+                yield torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+            finally:
+                encoder.__dict__.pop("get_attention_mask", None)
+        elif allowed is None:
+            yield None
+        elif self.architecture.mask == "sliding":  # a ready mask is not narrowed to the window of local layers
+            at = torch.arange(input_ids.shape[1], device=input_ids.device)
+            near = (at[:, None] - at).abs() <= self.config.sliding_window
+            masks = {"full_attention": allowed, "sliding_attention": allowed & near}
+            yield {name: self._for_attention(mask) for name, mask in masks.items()}
+        else:
+            yield self._for_attention(allowed)
+
+    def _for_attention(self, allowed: Tensor) -> Tensor:
+        """SDPA takes booleans; a hand-written attention adds the mask to its scores."""
         if self.config._attn_implementation == "sdpa":
             return allowed
         dtype = self.backbone.dtype
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
-            ~allowed, torch.finfo(dtype).min
-        )
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def allowed_scores(attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
+    """Which position may attend to which, bool [batch, 1, 1 or positions, positions]; None: all to all."""
+    if attention_mask is None and document_ids is None:
+        return None
+    allowed = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+    if document_ids is not None:
+        same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+        allowed = same if allowed is None else same & allowed
+    # Scores with nothing allowed would give NaN, which even a gradient of zero does not remove.
+    return allowed | ~allowed.any(-1, keepdim=True)
 
 
 def project(layer: nn.Module, hidden_states: Tensor, architecture: Architecture) -> QKV:
@@ -186,11 +211,10 @@ def _location(model: str) -> str:
 def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     """A copy of the configuration with another number of layers."""
     values = config.to_dict()
-    if values.get("layer_types"):
-        values["layer_types"] = values["layer_types"][:layers]
-    config = type(config).from_dict(values)
-    config.num_hidden_layers = layers
-    return config
+    values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = layers
+    if kinds := values.pop("layer_types", None):  # of attention, one per layer; absent, the class makes its own
+        values |= {"layer_types": kinds[:layers]} if layers <= len(kinds) else {}
+    return type(config).from_dict(values)
 
 
 def _load_backbone(model: str, config: PretrainedConfig, dtype: torch.dtype, trust: bool) -> PreTrainedModel:
@@ -290,11 +314,10 @@ def student_config(shape: StudentShape, teacher: PretrainedConfig, *, family: st
     """The student's configuration: the teacher's, or BERT's, with the student's sizes and dropout."""
     if family not in FAMILIES:
         raise UserError(f"student family {family!r} is unknown; choose one of {', '.join(FAMILIES)}")
-    config = _with_layers(teacher, shape.layers) if family == "teacher" else _bert_config(teacher)
+    config = _with_layers(teacher if family == "teacher" else _bert_config(teacher), shape.layers)
     row = architecture_of(config)
     if getattr(config, "embedding_size", None) == config.hidden_size:
         config.embedding_size = shape.hidden
-    config.num_hidden_layers = shape.layers
     config.hidden_size = shape.hidden
     config.num_attention_heads = shape.heads
     setattr(config, row.feed_forward_size, shape.feed_forward)
