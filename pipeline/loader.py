@@ -1,0 +1,293 @@
+"""Batches out of a prepared corpus: any sample in constant time, the whole state one integer.
+
+`SampleSet` answers "what is sample k?": the order (pipeline.order) names a source and a window of it, a search in the
+prefix sums of the shards' window counts names the place, and the tokens are read there. `Loader` deals the endless
+sequence of samples to ranks and micro-batches and reads ahead on background threads.
+
+A sample of packing "window" is [CLS], `seq_tokens - 2` consecutive tokens of a shard, [SEP]; only a shard's last
+incomplete window is left out. A sample of packing "none" is one document, padded to the longest of its micro-batch.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from data_prep.errors import UserError
+from data_prep.shards import Corpus
+from pipeline.order import Mixture, block_permute, derive_key, permute, temperature_weights
+from pipeline.reader import Batch, Places, Reader
+
+# Samples whose places are computed in one go: enough to make the arithmetic's fixed cost vanish.
+_PLAN_SAMPLES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What a sample is and in which order samples come.
+
+    Attributes:
+        seq_tokens: length of a row, special tokens included.
+        seed: names the order.
+        weights: share of each source (or language), any scale; 0 leaves one out. Natural proportions if None.
+        temperature_alpha: shares of languages ~ n^alpha instead of `weights`; the sources of one language divide its
+            share by their sizes.
+        attention: "window" (across documents) or "document" (inside each document of a row only).
+        packing: "window" (rows are full windows of the token stream) or "none" (one document a row).
+        block_samples: 0 shuffles a whole source; otherwise blocks of so many neighbours are read close in time.
+        shift_windows: cut the windows at another place in every epoch.
+    """
+
+    seq_tokens: int
+    seed: int
+    weights: Mapping[str, float] | None = None
+    temperature_alpha: float | None = None
+    attention: str = "window"
+    packing: str = "window"
+    block_samples: int = 0
+    shift_windows: bool = False
+
+    def __post_init__(self) -> None:
+        if self.seq_tokens < 3:
+            raise UserError(f"seq_tokens is {self.seq_tokens}: a row needs two special tokens and at least one other")
+        if self.attention not in ("window", "document"):
+            raise UserError(f'attention is "{self.attention}": expected "window" or "document"')
+        if self.packing not in ("window", "none"):
+            raise UserError(f'packing is "{self.packing}": expected "window" or "none"')
+        if self.block_samples < 0:
+            raise UserError(f"block_samples is {self.block_samples}: expected 0 (full shuffle) or a positive number")
+        if self.weights is not None and self.temperature_alpha is not None:
+            raise UserError("both weights and temperature_alpha are given: they set the same shares, leave one out")
+        if self.temperature_alpha is not None and not 0 <= self.temperature_alpha <= 1:
+            raise UserError(f"temperature_alpha is {self.temperature_alpha}: expected 0 (all equal) to 1 (natural)")
+
+
+class SampleSet:
+    """The samples of one split of a corpus, in training order.
+
+    Attributes:
+        sources: names, in the order of the manifest; `languages` runs parallel.
+        sizes: samples an epoch of each source.
+        mixture: how the sources are interleaved.
+    """
+
+    def __init__(self, corpus: Corpus, options: DataOptions, split: str = "train") -> None:
+        self.corpus, self.options, self.split = corpus, options, split
+        shards = corpus.shards(split)
+        if not shards:
+            raise UserError(f'corpus {corpus.folder} has no split "{split}"; prepare it with that split')
+        language_of = {shard.source: shard.language for shard in shards}
+        self.sources = tuple(language_of)
+        self.languages = tuple(language_of.values())
+        number = {source: i for i, source in enumerate(self.sources)}
+        self.shards = tuple(sorted(shards, key=lambda shard: number[shard.source]))
+        self._window = options.seq_tokens - 2
+        whole = options.packing == "none"
+        counts = np.array([s.documents if whole else s.tokens // self._window for s in self.shards], np.int64)
+        self._first = np.concatenate([[0], np.cumsum(counts)])
+        owner = np.array([number[shard.source] for shard in self.shards], np.int64)
+        self.sizes = np.bincount(owner, counts, len(self.sources)).astype(np.int64)
+        self._source_first = np.cumsum(self.sizes) - self.sizes
+        if not self.sizes.any():
+            raise UserError(
+                f'split "{split}" of corpus {corpus.folder} has no shard of {self._window} tokens: '
+                "choose a smaller seq_tokens, or larger shards"
+            )
+        self.mixture = Mixture.of(self._weights())
+        self._reader = Reader(
+            corpus,
+            self.shards,
+            seq_tokens=options.seq_tokens,
+            packing=options.packing,
+            attention=options.attention,
+            shift_seed=options.seed if options.shift_windows else None,
+        )
+
+    def _weights(self) -> list[float]:
+        """One weight a source: given, by temperature, or the natural proportions."""
+        sizes = [int(n) for n in self.sizes]
+        given, alpha = self.options.weights, self.options.temperature_alpha
+        if given is None and alpha is None:
+            return sizes
+        # A source without a language stands for itself.
+        groups = [language or source for language, source in zip(self.languages, self.sources, strict=True)]
+        by_group = {group: sum(n for n, g in zip(sizes, groups, strict=True) if g == group) for group in groups}
+        if alpha is not None:
+            of_group = dict(zip(by_group, temperature_weights(list(by_group.values()), alpha), strict=True))
+            return [of_group[g] * n / max(by_group[g], 1) for n, g in zip(sizes, groups, strict=True)]
+        return _given_weights(given, self.sources, groups, sizes, by_group)
+
+    def locate(self, samples: np.ndarray) -> Places:
+        """Finds samples by number, in O(log shards) each; vectorised."""
+        source, ordinal = self.mixture.locate(samples)
+        size = self.sizes[source]
+        epoch, position = np.divmod(ordinal, size)
+        key = derive_key(self.options.seed, source, epoch)
+        if self.options.block_samples:
+            drawn = block_permute(position, size, key, self.options.block_samples)
+        else:
+            drawn = permute(position, size, key)
+        drawn += self._source_first[source]
+        shard = np.searchsorted(self._first, drawn, side="right") - 1
+        return Places(samples=samples, shard=shard, index=drawn - self._first[shard], epoch=epoch)
+
+    def sample(self, k: int) -> np.ndarray:
+        """Token ids of sample k, special tokens included; int64 [s]."""
+        return self.read(self.locate(np.array([k], np.int64))).input_ids[0].numpy()
+
+    def read(self, places: Places) -> Batch:
+        """Reads located samples into a batch, row by row as asked."""
+        return self._reader.read(places)
+
+
+def _given_weights(
+    given: Mapping[str, float], sources: tuple[str, ...], groups: list[str], sizes: list[int], by_group: dict[str, int]
+) -> list[float]:
+    """Weights by name of source, or of language (divided among its sources by size)."""
+    unknown = sorted(set(given) - set(sources) - set(groups))
+    if unknown:
+        raise UserError(f"weights name {', '.join(unknown)}: the corpus has {', '.join(sources)}")
+    missing = [s for s, g in zip(sources, groups, strict=True) if s not in given and g not in given]
+    if missing:
+        raise UserError(f"weights leave open {', '.join(missing)}: give each source a weight, 0 to leave it out")
+    if any(w < 0 for w in given.values()) or not any(given.values()):
+        raise UserError(f"weights are {dict(given)}: expected numbers of at least 0, not all 0")
+    weights = [
+        float(given[s]) if s in given else given[g] * n / max(by_group[g], 1)
+        for s, g, n in zip(sources, groups, sizes, strict=True)
+    ]
+    empty = [s for s, w, n in zip(sources, weights, sizes, strict=True) if w and not n]
+    if empty:
+        raise UserError(f"weights ask for {', '.join(empty)}, which has no full window of tokens: give it weight 0")
+    return weights
+
+
+class Loader:
+    """The micro-batches of one rank, endless, read ahead on background threads.
+
+    Global batch g holds samples [samples_seen + g * B, samples_seen + (g + 1) * B), whatever the number of ranks; rank
+    r takes the r-th of `world_size` equal parts, in micro-batches of `micro_batch_samples`. So every rank makes the
+    same number of steps, and a run resumed on another number of ranks sees the batches it would have seen.
+
+    Attributes:
+        data_wait_seconds: time the consumer has spent waiting for batches so far.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        options: DataOptions,
+        *,
+        split: str = "train",
+        global_batch_samples: int,
+        micro_batch_samples: int,
+        rank: int = 0,
+        world_size: int = 1,
+        samples_seen: int = 0,
+        prefetch_batches: int = 4,
+    ) -> None:
+        rank_samples = _part(global_batch_samples, micro_batch_samples, world_size)
+        self.sample_set = SampleSet(corpus, options, split)
+        self.data_wait_seconds = 0.0
+        self._batch, self._micro, self._rank_samples = global_batch_samples, micro_batch_samples, rank_samples
+        self._first_sample = samples_seen + rank * rank_samples
+        self._prefetch = max(1, prefetch_batches)
+        self._plan_batches = max(1, _PLAN_SAMPLES // rank_samples)
+        self._plan = lru_cache(2)(self._locate)
+        self._threads: ThreadPoolExecutor | None = None
+
+    def _locate(self, plan: int) -> Places:
+        """Places of this rank's samples in the global batches of one plan."""
+        batches = np.arange(plan * self._plan_batches, (plan + 1) * self._plan_batches, dtype=np.int64)
+        samples = self._first_sample + batches[:, None] * self._batch + np.arange(self._rank_samples)
+        return self.sample_set.locate(samples.ravel())
+
+    def _read(self, micro_batch: int) -> Batch:
+        plan, row = divmod(micro_batch * self._micro, self._plan_batches * self._rank_samples)
+        return self.sample_set.read(self._plan(plan)[row : row + self._micro])
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        self._threads = threads = ThreadPoolExecutor(2, thread_name_prefix="loader")
+        pending: deque[Future[Batch]] = deque(threads.submit(self._read, m) for m in range(self._prefetch))
+        following = self._prefetch
+        try:
+            while True:
+                started = time.perf_counter()
+                batch = pending.popleft().result()
+                self.data_wait_seconds += time.perf_counter() - started
+                pending.append(threads.submit(self._read, following))
+                following += 1
+                yield batch
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def shares(self, samples_seen: int) -> dict[str, float]:
+        """Share of the first `samples_seen` samples that each source ("source/NAME") and language has had."""
+        counts = self.sample_set.mixture.counts(samples_seen) / max(samples_seen, 1)
+        shares = {f"source/{s}": float(c) for s, c in zip(self.sample_set.sources, counts, strict=True)}
+        for language, share in zip(self.sample_set.languages, counts, strict=True):
+            if language:
+                shares[f"language/{language}"] = shares.get(f"language/{language}", 0.0) + float(share)
+        return shares
+
+    def epochs(self, samples_seen: int) -> dict[str, float]:
+        """How often each source has been through after `samples_seen` samples."""
+        counts = self.sample_set.mixture.counts(samples_seen) / np.maximum(self.sample_set.sizes, 1)
+        return dict(zip(self.sample_set.sources, counts.tolist(), strict=True))
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+            self._threads = None
+
+
+def _part(global_batch_samples: int, micro_batch_samples: int, world_size: int) -> int:
+    """Samples of a global batch that each rank takes; refuses batches that do not divide evenly."""
+    rank_samples, rest = divmod(global_batch_samples, world_size)
+    if rest or rank_samples < 1:
+        lower, upper = rank_samples * world_size, (rank_samples + 1) * world_size
+        choices = f"{lower} or {upper}" if lower else f"{upper}"
+        raise UserError(
+            f"a global batch of {global_batch_samples} samples cannot be divided evenly among {world_size} ranks: "
+            f"choose {choices} samples, or a number of ranks that divides {global_batch_samples}"
+        )
+    if micro_batch_samples < 1 or rank_samples % micro_batch_samples:
+        fitting = [n for n in range(1, rank_samples + 1) if rank_samples % n == 0]
+        raise UserError(
+            f"each of {world_size} ranks takes {rank_samples} of the {global_batch_samples} samples of a global batch, "
+            f"which micro-batches of {micro_batch_samples} do not divide: choose one of {fitting}"
+        )
+    return rank_samples
+
+
+def validation_batches(
+    corpus: Corpus,
+    options: DataOptions,
+    *,
+    samples: int,
+    micro_batch_samples: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """This rank's part of the first `samples` validation samples: the same ones in every run and at every step.
+
+    The order does not depend on the seed, and sources come in natural proportions. Every rank gets equally many
+    batches: at most `world_size - 1` of the asked samples are left out.
+    """
+    fixed = replace(options, seed=0, weights=None, temperature_alpha=None, block_samples=0, shift_windows=False)
+    sample_set = SampleSet(corpus, fixed, "validation")
+    part = min(samples, int(sample_set.sizes.sum())) // world_size
+    if part == 0:
+        raise UserError(
+            f"the validation split of {corpus.folder} has {int(sample_set.sizes.sum())} samples and {samples} were "
+            f"asked for: {world_size} ranks need at least one each; prepare the corpus with a larger --validation"
+        )
+    places = sample_set.locate(np.arange(rank * part, (rank + 1) * part, dtype=np.int64))
+    for row in range(0, part, micro_batch_samples):
+        yield sample_set.read(places[row : row + micro_batch_samples])

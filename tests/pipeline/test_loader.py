@@ -1,0 +1,328 @@
+"""Batches from real shards: contents, resume on any number of ranks, mixtures, refusals."""
+
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.errors import UserError
+from data_prep.shards import Corpus, Manifest, ShardWriter
+from pipeline.loader import DataOptions, Loader, SampleSet, validation_batches
+
+CLS, SEP, PAD = 1, 2, 0
+SEQ = 10
+WINDOW = SEQ - 2
+
+
+def write_corpus(folder: Path, documents: dict[str, list[list[np.ndarray]]], dtype: str = "uint16") -> Corpus:
+    """A corpus from {"split/source/language": [documents of a shard, ...]}; separators are added."""
+    shards = []
+    for name, contents in documents.items():
+        split, source, language = name.split("/")
+        for number, shard in enumerate(contents):
+            path = f"{split}/{source}/{number:05}"
+            writer = ShardWriter(folder, path, dtype=dtype, split=split, source=source, language=language)
+            for document in shard:
+                writer.add(np.append(document, SEP))
+            shards.append(writer.close())
+    tokenizer = {"fingerprint": "f", "vocabulary_tokens": 60_000, "cls_id": CLS, "sep_id": SEP, "pad_id": PAD}
+    manifest = Manifest(format_version=1, tokenizer=tokenizer, dtype=dtype, request={}, counts={}, shards=tuple(shards))
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return Corpus.open(folder)
+
+
+def numbered(tokens: int, first: int = 10) -> list[np.ndarray]:
+    """One document whose tokens count upwards, so that every token tells where it came from."""
+    return [np.arange(first, first + tokens - 1)]
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Corpus:
+    """Two sources, three and two shards, with tails; every token of the corpus is different."""
+    return write_corpus(
+        tmp_path / "corpus",
+        {
+            "train/large/en": [numbered(10 * WINDOW + 3, 100), numbered(7 * WINDOW, 1000), numbered(5, 5000)],
+            "train/small/fr": [numbered(3 * WINDOW + 7, 2000), numbered(2 * WINDOW + 1, 3000)],
+            "validation/large/en": [numbered(9 * WINDOW, 4000)],
+        },
+    )
+
+
+def options(**changes) -> DataOptions:
+    return DataOptions(**{"seq_tokens": SEQ, "seed": 3, **changes})
+
+
+def take(loader: Loader, batches: int) -> list:
+    taken = list(itertools.islice(loader, batches))
+    loader.close()
+    return taken
+
+
+def global_batches(corpus: Corpus, batches: int, *, world_size: int = 1, micro: int = 1, seen: int = 0, size: int = 24):
+    """Rows of whole global batches, put together from all ranks: int64 [batches, size, s]."""
+    steps = size // world_size // micro
+    rows = []
+    for rank in range(world_size):
+        loader = Loader(
+            corpus,
+            options(temperature_alpha=0.5),
+            global_batch_samples=size,
+            micro_batch_samples=micro,
+            rank=rank,
+            world_size=world_size,
+            samples_seen=seen,
+        )
+        got = take(loader, batches * steps)
+        rows.append(np.concatenate([b.input_ids.numpy() for b in got]).reshape(batches, size // world_size, SEQ))
+    return np.concatenate(rows, axis=1)
+
+
+def test_a_window_sample_is_consecutive_tokens_between_the_special_ones(corpus):
+    batch = take(Loader(corpus, options(), global_batch_samples=8, micro_batch_samples=8), 1)[0]
+    assert batch.input_ids.shape == (8, SEQ) and str(batch.input_ids.dtype) == "torch.int64"
+    assert batch.attention_mask is None and batch.document_ids is None and batch.position_ids is None
+    assert batch.samples.tolist() == list(range(8))
+    ids = batch.input_ids.numpy()
+    assert (ids[:, 0] == CLS).all() and (ids[:, -1] == SEP).all()
+    stream = np.concatenate([np.asarray(corpus.tokens(s)) for s in corpus.shards("train")])
+    for row in ids:
+        at = int(np.flatnonzero(stream == row[1])[0])
+        assert row[1:-1].tolist() == stream[at : at + WINDOW].tolist()
+
+
+@pytest.mark.parametrize("shuffle", [{}, {"block_samples": 2}, {"shift_windows": True}])
+def test_an_epoch_sees_every_window_exactly_once(corpus, shuffle):
+    sample_set = SampleSet(corpus, options(**shuffle))
+    assert sample_set.sizes.tolist() == [17, 5]
+    for epoch in range(3):
+        places = sample_set.locate(np.arange(epoch * 22, (epoch + 1) * 22))
+        seen = sorted(zip(places.shard.tolist(), places.index.tolist(), strict=True))
+        windows = [s.tokens // WINDOW for s in corpus.shards("train")]
+        assert seen == [(shard, window) for shard, count in enumerate(windows) for window in range(count)]
+        assert (places.epoch == epoch).all()
+        tokens = sample_set.read(places).input_ids[:, 1:-1].numpy().ravel()
+        distinct = tokens[tokens != SEP]
+        assert len(np.unique(distinct)) == len(distinct), "a token came twice"
+        lost = sum(s.tokens for s in corpus.shards("train")) - len(tokens)
+        assert lost == sum(s.tokens % WINDOW for s in corpus.shards("train")), "more than the shards' tails is lost"
+
+
+def test_shifted_windows_are_cut_elsewhere_in_each_epoch(corpus):
+    sample_set = SampleSet(corpus, options(shift_windows=True))
+    begins = []
+    for epoch in range(6):
+        rows = sample_set.read(sample_set.locate(np.arange(epoch * 22, (epoch + 1) * 22))).input_ids.numpy()
+        begins.append(frozenset(rows[:, 1].tolist()))
+    assert len(set(begins)) == 6
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 6), (2, 12), (2, 3), (3, 8), (3, 1), (8, 3)])
+def test_global_batches_do_not_depend_on_the_number_of_ranks(corpus, world_size, micro):
+    assert np.array_equal(
+        global_batches(corpus, 5, world_size=world_size, micro=micro), global_batches(corpus, 5, micro=24)
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("stopped_after", [1, 4, 1000])
+def test_resuming_on_any_number_of_ranks_equals_never_stopping(corpus, world_size, stopped_after):
+    straight = global_batches(corpus, 3, seen=stopped_after * 24, micro=24)
+    resumed = global_batches(corpus, 3, seen=stopped_after * 24, world_size=world_size)
+    assert np.array_equal(resumed, straight)
+    if stopped_after < 1000:
+        assert np.array_equal(global_batches(corpus, stopped_after + 3, micro=24)[stopped_after:], straight)
+
+
+def test_sample_in_constant_time_is_the_sample_of_the_batches(corpus):
+    batches = take(Loader(corpus, options(), global_batch_samples=6, micro_batch_samples=3, samples_seen=12), 4)
+    sample_set = SampleSet(corpus, options())
+    for batch in batches:
+        for row, k in zip(batch.input_ids.numpy(), batch.samples.tolist(), strict=True):
+            assert sample_set.sample(k).tolist() == row.tolist()
+
+
+def test_a_small_source_repeats_while_a_large_one_goes_on(corpus):
+    loader = Loader(corpus, options(weights={"large": 1, "small": 1}), global_batch_samples=2, micro_batch_samples=2)
+    epochs = loader.epochs(100)
+    assert epochs == {"large": pytest.approx(50 / 17), "small": pytest.approx(10)}
+    places = loader.sample_set.locate(np.arange(100))
+    from_small = places.shard >= 3
+    assert sorted(places.epoch[from_small].tolist()) == [e for e in range(10) for _ in range(5)]
+
+
+def test_shares_are_those_of_the_samples(corpus):
+    loader = Loader(corpus, options(temperature_alpha=0.3), global_batch_samples=4, micro_batch_samples=4)
+    shards = loader.sample_set.locate(np.arange(1234)).shard
+    small = float((shards >= 3).mean())
+    expected = {"source/large": 1 - small, "source/small": small, "language/en": 1 - small, "language/fr": small}
+    assert loader.shares(1234) == pytest.approx(expected)
+    assert small == pytest.approx(5**0.3 / (5**0.3 + 17**0.3), abs=2 / 1234)
+    assert set(loader.shares(0).values()) == {0.0}
+
+
+def test_temperature_is_over_languages_and_weights_may_name_them(tmp_path):
+    corpus = write_corpus(
+        tmp_path,
+        {
+            "train/a/en": [numbered(30 * WINDOW)],
+            "train/b/en": [numbered(10 * WINDOW, 300)],
+            "train/c/fr": [numbered(10 * WINDOW, 400)],
+        },
+    )
+    flat = SampleSet(corpus, options(temperature_alpha=0.0)).mixture.counts(800).tolist()
+    assert flat == pytest.approx([300, 100, 400], abs=1)
+    by_language = SampleSet(corpus, options(weights={"en": 1, "fr": 3})).mixture.counts(800).tolist()
+    assert by_language == pytest.approx([150, 50, 600], abs=1)
+
+
+def test_natural_proportions_by_default(corpus):
+    assert SampleSet(corpus, options()).mixture.counts(22).tolist() == [17, 5]
+
+
+def test_attention_inside_documents(tmp_path):
+    documents = [np.array([11, 12]), np.array([13, 14, 15]), np.array([21] * 7), np.array([31] * 20)]
+    corpus = write_corpus(tmp_path, {"train/a/en": [documents]})
+    batch = next(validate_in_order(corpus, attention="document"))
+    rows = batch.input_ids.tolist()
+    assert batch.attention_mask is None
+    # The first document ends inside the first window, the second closes it; the third window is inside one document.
+    at = rows.index([CLS, 11, 12, SEP, 13, 14, 15, SEP, 21, SEP])
+    assert batch.document_ids[at].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+    assert batch.position_ids[at].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    at = rows.index([CLS, 21, 21, 21, 21, 21, 21, SEP, 31, SEP])
+    assert batch.document_ids[at].tolist() == [0] * 8 + [1] * 2
+    at = rows.index([CLS, *[31] * 8, SEP])
+    assert batch.document_ids[at].tolist() == [0] * SEQ
+    assert batch.position_ids[at].tolist() == list(range(SEQ))
+
+
+def test_a_window_that_ends_with_a_separator_closes_its_last_document(tmp_path):
+    corpus = write_corpus(tmp_path, {"train/a/en": [[np.arange(50, 50 + WINDOW - 1)]]})
+    batch = next(validate_in_order(corpus, attention="document"))
+    assert batch.input_ids[0, -2:].tolist() == [SEP, SEP]
+    assert batch.document_ids[0].tolist() == [0] * SEQ
+
+
+def validate_in_order(corpus: Corpus, **changes):
+    sample_set = SampleSet(corpus, options(**changes))
+    yield sample_set.read(sample_set.locate(np.arange(int(sample_set.sizes.sum()))))
+
+
+def test_one_document_a_row(tmp_path):
+    documents = [[np.arange(100 * d, 100 * d + d) for d in (1, 5, 3)], [np.arange(700, 708)]]
+    corpus = write_corpus(tmp_path, {"train/a/en": documents})
+    loader = Loader(
+        corpus, options(packing="none", attention="document"), global_batch_samples=4, micro_batch_samples=2
+    )
+    seen = []
+    for batch in take(loader, 2):
+        longest = int(batch.attention_mask.sum(1).max()) if batch.attention_mask is not None else SEQ
+        assert batch.input_ids.shape == (2, longest)
+        for row, mask, document in zip(batch.input_ids, batch.attention_mask, batch.document_ids, strict=True):
+            real = row[mask].tolist()
+            assert real[0] == CLS and real[-1] == SEP
+            assert set(row[~mask].tolist()) <= {PAD} and set(document[~mask].tolist()) <= {-1}
+            assert set(document[mask].tolist()) == {0}
+            seen.append(tuple(real[1:-1]))
+    assert sorted(seen) == sorted(tuple(d.tolist()) for shard in documents for d in shard)
+
+
+def test_a_long_document_gives_its_pieces_in_turn(tmp_path):
+    corpus = write_corpus(tmp_path, {"train/a/en": [[np.arange(100, 100 + 2 * WINDOW + 1), np.arange(10, 13)]]})
+    sample_set = SampleSet(corpus, options(packing="none"))
+    pieces = set()
+    for epoch in range(3):
+        batch = sample_set.read(sample_set.locate(np.arange(2 * epoch, 2 * epoch + 2)))
+        row = int(batch.input_ids[:, 1].argmax())
+        assert batch.attention_mask is not None and batch.document_ids is None
+        pieces |= set(batch.input_ids[row][batch.attention_mask[row]][1:-1].tolist())
+    assert pieces == set(range(100, 100 + 2 * WINDOW + 1))
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_large_token_numbers_survive(tmp_path, dtype):
+    top = 65_000 if dtype == "uint16" else 250_001
+    corpus = write_corpus(tmp_path, {"train/a/en": [[np.full(WINDOW, top)]]}, dtype)
+    assert SampleSet(corpus, options()).sample(0).tolist() == [CLS, *[top] * WINDOW, SEP]
+
+
+def test_validation_is_fixed_and_divided_among_ranks(corpus):
+    def rows(world_size: int, **changes) -> list[list[int]]:
+        out = []
+        for rank in range(world_size):
+            batches = validation_batches(
+                corpus, options(**changes), samples=8, micro_batch_samples=3, rank=rank, world_size=world_size
+            )
+            out += [row for batch in batches for row in batch.input_ids.tolist()]
+        return out
+
+    assert len(rows(1)) == 8
+    assert rows(1) == rows(2) == rows(4) == rows(1, seed=99, weights={"large": 1})
+    assert len(rows(3)) == 6, "ranks must make equally many steps"
+    assert all(4000 <= row[1] < 5000 for row in rows(1)), "training data in the validation batches"
+
+
+def test_all_ranks_refuse_a_batch_that_does_not_divide(corpus):
+    def build(batch: int, micro: int, world_size: int) -> Loader:
+        return Loader(
+            corpus, options(), global_batch_samples=batch, micro_batch_samples=micro, rank=0, world_size=world_size
+        )
+
+    build(24, 8, 3)
+    with pytest.raises(UserError, match=r"32 samples cannot be divided evenly among 3 ranks: choose 30 or 33"):
+        build(32, 8, 3)
+    with pytest.raises(UserError, match="choose 8 samples"):
+        build(4, 1, 8)
+    with pytest.raises(UserError, match=r"12 of the 24 samples .* micro-batches of 5 .* \[1, 2, 3, 4, 6, 12\]"):
+        build(24, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_tokens": 2}, "seq_tokens is 2"),
+        ({"attention": "both"}, 'attention is "both"'),
+        ({"packing": "all"}, 'packing is "all"'),
+        ({"block_samples": -1}, "block_samples is -1"),
+        ({"temperature_alpha": 1.5}, "temperature_alpha is 1.5"),
+        ({"temperature_alpha": 0.5, "weights": {"large": 1}}, "both weights and temperature_alpha"),
+        ({"weights": {"large": 1, "de": 1}}, "weights name de: the corpus has large, small"),
+        ({"weights": {"large": 1}}, "weights leave open small"),
+        ({"weights": {"large": 0, "small": 0}}, "not all 0"),
+        ({"seq_tokens": 500}, "no shard of 498 tokens"),
+    ],
+)
+def test_wrong_options_are_refused(corpus, changes, message):
+    with pytest.raises(UserError, match=message):
+        SampleSet(corpus, options(**changes))
+
+
+def test_a_missing_split_and_a_shortened_shard_are_refused(corpus):
+    with pytest.raises(UserError, match='no split "test"'):
+        SampleSet(corpus, options(), "test")
+    sample_set = SampleSet(corpus, options())
+    os.truncate(corpus.folder / "train/large/00000.bin", 40)
+    with pytest.raises(UserError, match="00000.bin ends before byte .* has changed"):
+        sample_set.read(sample_set.locate(np.arange(22)))
+    (corpus.folder / "train/large/00000.bin").unlink()
+    sample_set = SampleSet(corpus, options())
+    with pytest.raises(UserError, match="cannot open .*large/00000.bin"):
+        sample_set.read(sample_set.locate(np.arange(22)))
+
+
+def test_an_error_of_a_reading_thread_reaches_the_consumer(corpus):
+    loader = Loader(corpus, options(), global_batch_samples=22, micro_batch_samples=22)
+    os.truncate(corpus.folder / "train/large/00000.bin", 0)
+    with pytest.raises(UserError, match="00000.bin"):
+        next(iter(loader))
+
+
+def test_waiting_is_measured_and_the_loader_can_be_closed_and_iterated_again(corpus):
+    loader = Loader(corpus, options(), global_batch_samples=4, micro_batch_samples=2)
+    first = take(loader, 3)
+    assert loader.data_wait_seconds > 0
+    again = take(loader, 3)
+    assert [b.samples.tolist() for b in first] == [b.samples.tolist() for b in again] == [[0, 1], [2, 3], [4, 5]]
