@@ -1,9 +1,9 @@
 """Checkpoints that are whole or do not exist.
 
-DeepSpeed names a checkpoint `latest` before all ranks have finished writing it. Here it writes with `save_latest=False`;
-every rank then flushes and sums its own files, and only after that rank 0 writes the completion record `complete.json`
-(by rename) and moves `latest` (by rename). A folder without a record, or whose files differ from it, is torn: readers
-pass it over and say so.
+DeepSpeed names a checkpoint `latest` before all ranks have finished writing it. Here `save_latest=False` keeps it from
+that; every rank flushes and sums its own files, and only after that rank 0 writes the completion record
+`complete.json` (by rename) and moves `latest` (by rename). A folder without a record, or whose files differ from it, is
+torn: readers pass it over and say so.
 
     checkpoints/latest                       the tag of the newest whole checkpoint
     checkpoints/step-00000300/complete.json  files with sizes and checksums, step, samples, world size, recipe, corpus

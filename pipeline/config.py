@@ -212,11 +212,8 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
 
 def parse_recipe(table: dict[str, Any], where: str) -> Recipe:
     """Check plain values and make the recipe of them; `where` names their origin in messages."""
-    table = dict(table)
-    if isinstance(betas := table.get("optimizer", {}).get("betas"), list):
-        table["optimizer"] = table["optimizer"] | {"betas": tuple(betas)}
-    try:
-        return pydantic.TypeAdapter(Recipe).validate_python(table)
+    try:  # as JSON, because strict Python values would have to be the dataclasses themselves
+        return pydantic.TypeAdapter(Recipe).validate_json(json.dumps(table, default=str))
     except pydantic.ValidationError as error:
         problems = "\n".join(f"  {_problem(item)}" for item in error.errors())
         raise UserError(f"the recipe {where} is not valid:\n{problems}") from None

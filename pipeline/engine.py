@@ -189,3 +189,8 @@ def start_monitor(config: dict[str, Any], output: Path):
     chosen = {name: config[name] for name in MONITORS if name in config}
     chosen.setdefault("tensorboard", dict(enabled=True, output_path=str(output), job_name="tensorboard"))
     return MonitorMaster(get_monitor_config(chosen))
+
+
+def local_devices() -> int:
+    """Ranks that the launcher starts on this machine when it is not told: one a GPU, or one on the CPU."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 1

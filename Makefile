@@ -1,0 +1,43 @@
+# Two commands for a new user: `make demo`, `make test`.
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+RUNS := $(if $(MINILM_HOME),$(MINILM_HOME),runs)
+READY := $(VENV)/.ready-$(shell cat setup.py constraints.txt | cksum | cut -d' ' -f1)
+
+.PHONY: setup demo test test-slow check bench clean
+
+setup: $(READY)
+
+$(READY): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@rm -f $(VENV)/.ready-* && touch $@
+
+demo: setup
+	minilm samples
+	minilm prepare --tokenizer $(RUNS)/samples/all-MiniLM-L6-v2 \
+	    --source wikipedia:$(RUNS)/samples/enwiki-sample.xml.bz2 \
+	    --source jsonl:$(RUNS)/samples/leads-en.jsonl \
+	    --validation 0.02 --out $(RUNS)/demo/corpus
+	minilm inspect $(RUNS)/demo/corpus
+	deepspeed --num_gpus 2 launch/distill.sh --recipe demo --stop-at 200
+	deepspeed --num_gpus 2 launch/distill.sh --recipe demo
+	minilm export $(RUNS)/demo/run
+	minilm evaluate $(RUNS)/demo/run --probe $(RUNS)/samples/leads-en.jsonl
+	@echo "Curves: tensorboard --logdir $(RUNS)/demo/run/tensorboard"
+
+test: setup
+	pytest -m "not slow and not gpu"
+
+test-slow: setup
+	pytest -m "slow and not gpu"
+
+check: setup
+	ruff check .
+	ruff format --check .
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache runs/demo
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,172 @@
+"""The command `minilm`: thin wrappers that read arguments, call one function and print what it returns."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from data_prep.errors import UserError
+
+SCRIPT = Path(__file__).resolve().parent / "distill.sh"
+EXIT_USER_ERROR = 2
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message and exit code 2, never a traceback."""
+    try:
+        minilm.main(prog_name="minilm", standalone_mode=False)
+    except UserError as error:
+        click.echo(f"minilm: error: {error}", err=True)
+        sys.exit(EXIT_USER_ERROR)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USER_ERROR)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("minilm: interrupted", err=True)
+        sys.exit(130)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="minilmv2-deepspeed")
+def minilm() -> None:
+    """Distill small encoders from large ones (MiniLMv2) with DeepSpeed.
+
+    \b
+    minilm samples                                     real text and a real teacher to try it on
+    minilm prepare --tokenizer T --source ... --out C  text -> token shards
+    minilm distill --recipe R                          shards + teacher -> checkpoints
+    minilm export RUN                                  checkpoint -> Hugging Face model
+    minilm evaluate RUN                                exported model -> scores
+    minilm inspect PATH                                what is in a corpus or a run
+    """
+
+
+@minilm.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Folder; $MINILM_HOME/samples by default.")
+def samples(out: Path | None) -> None:
+    """Fetch the sample teacher and texts (120 MB), or make sure that they are whole.
+
+    \b
+    Example:
+      minilm samples
+    """
+    from data_prep import samples as store
+
+    store.fetch(out)
+
+
+_RECIPE_OPTIONS = [
+    click.option("--recipe", required=True, help="A shipped recipe's name or a TOML file."),
+    click.option("--ds-config", default="auto", show_default=True, help="A shipped configuration or a JSON file."),
+    click.option("--resume", default="auto", show_default=True, help="auto (newest whole checkpoint), never, or STEP."),
+    click.option("--stop-at", type=click.IntRange(min=1), help="Save and leave after this step."),
+    click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]..."),
+]
+
+
+def _recipe_options(command):
+    for option in reversed(_RECIPE_OPTIONS):
+        command = option(command)
+    return command
+
+
+@minilm.command(context_settings={"ignore_unknown_options": False})
+@_recipe_options
+@click.option("--num-gpus", type=click.IntRange(min=1), help="Ranks on this machine; without GPUs, CPU processes.")
+def distill(recipe: str, ds_config: str, resume: str, stop_at: int | None, overrides, num_gpus: int | None) -> None:
+    """Distill a student on this machine: checks everything, then runs `deepspeed launch/distill.sh`.
+
+    \b
+    Examples:
+      minilm distill --recipe demo --num-gpus 2
+      minilm distill --recipe my.toml optimizer.peak_lr=3e-4 run.output=/data/run2
+    """
+    from pipeline import config, engine, trainer
+
+    trainer.preflight(
+        config.load_recipe(recipe, overrides),
+        engine.read_ds_config(ds_config),
+        world_size=num_gpus or engine.local_devices(),
+        resume=resume,
+    )
+    command = ["deepspeed"]
+    command += [f"--num_gpus={num_gpus}"] if num_gpus else []
+    command += [str(SCRIPT), "--recipe", recipe, "--ds-config", ds_config, "--resume", resume]
+    command += ["--stop-at", str(stop_at)] if stop_at else []
+    sys.stdout.flush()
+    # The launcher that belongs to this Python, whatever the shell's PATH says.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    os.execvp("deepspeed", [*command, *overrides])
+
+
+@click.command()
+@_recipe_options
+@click.option("--local_rank", "--local-rank", hidden=True)
+@click.option("--num_gpus", "--num-gpus", hidden=True)
+def _distill_rank(recipe, ds_config, resume, stop_at, overrides, local_rank, num_gpus) -> int:
+    from pipeline import config, engine, trainer
+
+    if num_gpus:
+        raise UserError("--num_gpus belongs to the launcher: deepspeed --num_gpus 2 launch/distill.sh --recipe ...")
+    return trainer.distill(
+        config.load_recipe(recipe, overrides), engine.read_ds_config(ds_config), resume=resume, stop_at_step=stop_at
+    )
+
+
+def distill_rank() -> None:
+    """One rank of `launch/distill.sh`, started by deepspeed, torchrun or srun."""
+    try:
+        code = _distill_rank.main(prog_name="distill.sh", standalone_mode=False)
+    except (UserError, click.ClickException) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+            print(f"distill: error: {message}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # the launcher ends all ranks with the first: leave local rank 0 time for the message
+        code = EXIT_USER_ERROR
+    sys.exit(code)
+
+
+@minilm.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--step", type=click.IntRange(min=1), help="Of the checkpoint; the newest whole one by default.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder; RUN/export by default.")
+def export(run: Path, step: int | None, out: Path | None) -> None:
+    """Turn a run's checkpoint into a Hugging Face folder with model, tokenizer and model card.
+
+    \b
+    Example:
+      minilm export runs/demo/run
+    """
+    from pipeline import export as exporter
+
+    finished = exporter.FinishedRun.open(run, step)
+    click.echo(f"step {finished.record.step} of {run} -> {exporter.export(finished, out)}")
+
+
+@minilm.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--step", type=click.IntRange(min=1), help="Of the checkpoint; the newest whole one by default.")
+@click.option("--probe", type=click.Path(path_type=Path), help="Labelled texts, JSONL: `text`, `topic` or `label`.")
+@click.option("--texts", type=click.IntRange(min=4), default=2000, show_default=True, help="Labelled texts to take.")
+def evaluate(run: Path, step: int | None, probe: Path | None, texts: int) -> None:
+    """Score a run's student against its teacher and against the student it started as.
+
+    \b
+    Example:
+      minilm evaluate runs/demo/run --probe runs/samples/leads-en.jsonl
+    """
+    from pipeline import evaluate as evaluator
+    from pipeline.export import FinishedRun
+
+    scores = evaluator.evaluate(FinishedRun.open(run, step), probe=probe, texts=texts)
+    for table in evaluator.tables(scores):
+        _console().print(table)
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)

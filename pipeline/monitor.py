@@ -1,0 +1,136 @@
+"""What a run says while it runs: metrics.jsonl for programs, TensorBoard for people, one line for the terminal."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """The records of one run, written by rank 0 alone; on other ranks every method does nothing.
+
+    Args:
+        output: the run's folder.
+        write_events: takes [(name, value, step)]; DeepSpeed's monitor.
+        total_steps: for the time that is left.
+        first_step: steps done before this start; records of later steps, which a crash has undone, are dropped.
+        is_main: whether this is rank 0.
+    """
+
+    def __init__(
+        self, output: Path, write_events: Callable[[list], None], *, total_steps: int, first_step: int, is_main: bool
+    ) -> None:
+        self._write_events, self._is_main = write_events, is_main
+        self._total_steps, self._first_step = total_steps, first_step
+        self._started = time.perf_counter()
+        self._bar = None
+        if not is_main:
+            return
+        path = output / METRICS
+        kept = [line for line in read_metrics(output) if line["step"] <= first_step] if first_step else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Write one record: nested dictionaries become TensorBoard tags joined by `/`."""
+        if not self._is_main:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._write_events([(f"{kind}/{tag}", value, step) for tag, value in _flatten(values)])
+
+    def progress(self, step: int, text: str) -> None:
+        """Show where the run is: moves the bar on a terminal, prints a line elsewhere."""
+        if not self._is_main:
+            return
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        done = step - self._first_step
+        left = (time.perf_counter() - self._started) / max(1, done) * (self._total_steps - step)
+        self.say(f"step {step}/{self._total_steps}  {text}  left {_clock(left)}")
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        if not self._is_main:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._is_main:
+            self._file.close()
+            if self._bar is not None:
+                self._bar.close()
+
+
+class PhaseTimer:
+    """Seconds that the phases of a step take, summed until `take`; on CUDA measured by events, without waiting."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self._cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def take(self) -> dict[str, float]:
+        """Seconds per phase since the last call. On CUDA this waits for the device: call it on logging steps only."""
+        if self._events:
+            torch.cuda.synchronize()
+        for name, begin, end in self._events:
+            self._seconds[name] = self._seconds.get(name, 0.0) + begin.elapsed_time(end) / 1000
+        taken, self._seconds, self._events = self._seconds, {}, []
+        return taken
+
+
+def read_metrics(output: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The records of a run, oldest first; a last line that a crash cut short is left out."""
+    path = output / METRICS
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return [record for record in records if kind is None or record["kind"] == kind]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}{key}", value
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
