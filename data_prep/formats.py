@@ -1,0 +1,246 @@
+"""Byte formats: compressed files, blocks of whole records, and the documents in a block.
+
+A file is read as a stream of blocks, each of a bounded number of bytes and cut right after a record delimiter, so that
+a record never spans two blocks. That one rule serves all byte formats: a worker can take a range of an uncompressed
+file, a run of streams of a multistream bzip2 file, or a block that another process has decompressed, and sees whole
+records.
+"""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, NamedTuple
+
+READ_BYTES = 1 << 20
+COMPRESSED_SUFFIXES = (".bz2", ".gz", ".xz", ".zst")
+_BZ2_STREAM = re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)")
+
+
+class Document(NamedTuple):
+    """One text of a corpus."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that cannot be read: where it starts in its (decompressed) file (-1: the reason says), and why."""
+
+    path: str
+    offset_bytes: int
+    reason: str
+
+    def describe(self) -> str:
+        """Where and why, with the line number (found by reading the file up to there)."""
+        if self.offset_bytes < 0:
+            return f"{self.path}, {self.reason}"
+        return f"{self.path}, line {line_at(self.path, self.offset_bytes)} (byte {self.offset_bytes}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole records of a file, starting `offset_bytes` into its decompressed bytes."""
+
+    path: str
+    offset_bytes: int
+    data: bytes
+    torn: str = ""  # why the file could not be read to its end after this block
+
+
+@dataclass(frozen=True)
+class Span:
+    """Part of a file: bytes (uncompressed, or bzip2 streams), or row groups, or rows."""
+
+    path: str
+    start: int
+    stop: int
+
+
+def is_compressed(path: str) -> bool:
+    return path.endswith(COMPRESSED_SUFFIXES)
+
+
+def open_binary(path: str) -> IO[bytes]:
+    """Opens a file for reading its decompressed bytes."""
+    if path.endswith(".bz2"):
+        return bz2.open(path)
+    if path.endswith(".gz"):
+        return gzip.open(path)
+    if path.endswith(".xz"):
+        return lzma.open(path)
+    if path.endswith(".zst"):
+        import zstandard
+
+        return zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True, closefd=True)
+    return open(path, "rb")
+
+
+def line_at(path: str, offset_bytes: int) -> int:
+    """The number (from 1) of the line at an offset of the decompressed file; reads the file up to there."""
+    line, left = 1, offset_bytes
+    with open_binary(path) as file:
+        while left > 0 and (data := file.read(min(left, READ_BYTES))):
+            line += data.count(b"\n")
+            left -= len(data)
+    return line
+
+
+def bzip2_streams(path: str) -> list[int]:
+    """Offsets of the bzip2 streams of a file; more than one in the multistream dumps of Wikipedia."""
+    offsets, base, tail = [], 0, b""
+    with open(path, "rb") as file:
+        while data := file.read(16 * READ_BYTES):
+            window = tail + data
+            offsets += [base - len(tail) + match.start() for match in _BZ2_STREAM.finditer(window)]
+            base += len(data)
+            tail = window[-9:]  # one byte less than the pattern, so that nothing is found twice
+    return offsets
+
+
+def read_all(file: IO[bytes]) -> tuple[bytes, str]:
+    """All bytes of a file, and the reason if it breaks off."""
+    return _decompressed(file, 1 << 62)
+
+
+def _decompressed(file: IO[bytes], size: int) -> tuple[bytes, str]:
+    """Up to `size` bytes, and the reason if the file breaks off there."""
+    parts, left = [], size
+    while left > 0:
+        try:
+            data = file.read(min(left, READ_BYTES))
+        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            return b"".join(parts), f"truncated or damaged: {error}"
+        except Exception as error:  # zlib.error and zstandard.ZstdError share no base class
+            if type(error).__module__.split(".")[0] not in ("zlib", "zstandard", "_zstd", "compression"):
+                raise
+            return b"".join(parts), f"truncated or damaged: {error}"
+        if not data:
+            break
+        parts.append(data)
+        left -= len(data)
+    return b"".join(parts), ""
+
+
+def stream_blocks(file: IO[bytes], path: str, delimiter: bytes, block_bytes: int, offset: int = 0) -> Iterator[Block]:
+    """Cuts a stream after the last delimiter of every `block_bytes`; a longer record makes a longer block."""
+    rest = bytearray()
+    while True:
+        data, torn = _decompressed(file, block_bytes)
+        searched = max(0, len(rest) - len(delimiter))
+        rest += data
+        if torn or len(data) < block_bytes:
+            if torn or rest:
+                # what follows the last delimiter of a torn file is half a record
+                cut = rest.rfind(delimiter) + len(delimiter) if torn and delimiter in rest else 0 if torn else len(rest)
+                yield Block(path, offset, bytes(rest[:cut]), torn)
+            return
+        cut = rest.rfind(delimiter, searched)
+        if cut >= 0:
+            cut += len(delimiter)
+            yield Block(path, offset, bytes(rest[:cut]))
+            offset += cut
+            del rest[:cut]
+
+
+def _record_start(file: IO[bytes], position: int, delimiter: bytes, size: int) -> int:
+    """Where the first record that starts at or after `position` starts."""
+    if position <= 0 or position >= size:
+        return min(max(position, 0), size)
+    start = position - len(delimiter)
+    if start < 0:
+        start = 0
+    file.seek(start)
+    window, base = b"", start
+    while data := file.read(READ_BYTES):
+        window += data
+        found = window.find(delimiter)
+        if found >= 0:
+            return base + found + len(delimiter)
+        keep = len(delimiter) - 1
+        base += len(window) - keep
+        window = window[len(window) - keep :]
+    return size
+
+
+class _Range:
+    """A part of a file as a readable stream."""
+
+    def __init__(self, file: IO[bytes], start: int, stop: int):
+        self._file, self._left = file, stop - start
+        file.seek(start)
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(min(size, self._left))
+        self._left -= len(data)
+        return data
+
+
+def span_blocks(span: Span, delimiter: bytes, block_bytes: int) -> Iterator[Block]:
+    """The blocks of a span: all records that start inside it.
+
+    A span of a compressed file is the whole file, or, for bzip2, a run of whole streams.
+    """
+    size = os.path.getsize(span.path)
+    if not is_compressed(span.path):
+        with open(span.path, "rb") as file:
+            start = _record_start(file, span.start, delimiter, size)
+            stop = _record_start(file, span.stop, delimiter, size)
+            if start < stop:
+                yield from stream_blocks(_Range(file, start, stop), span.path, delimiter, block_bytes, start)
+    elif (span.start, span.stop) == (0, size):
+        with open_binary(span.path) as file:
+            yield from stream_blocks(file, span.path, delimiter, block_bytes)
+    else:
+        with open(span.path, "rb") as raw, bz2.open(_Range(raw, span.start, span.stop)) as file:
+            yield from stream_blocks(file, span.path, delimiter, block_bytes, span.start)
+
+
+def parse_jsonl(block: Block, field: str) -> Iterator[Document | BadRecord]:
+    """One JSON object a line, with the text under `field`."""
+    offset = block.offset_bytes
+    for line in block.data.splitlines(keepends=True) if b"\r" not in block.data else _lines(block.data):
+        start, offset = offset, offset + len(line)
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[field]
+        except UnicodeDecodeError as error:
+            yield BadRecord(block.path, start, f"not valid UTF-8: {error.reason}")
+        except (ValueError, RecursionError) as error:
+            yield BadRecord(block.path, start, f"not valid JSON: {error}")
+        except (KeyError, TypeError):
+            yield BadRecord(block.path, start, f"no field {field!r} in this record")
+        else:
+            if isinstance(text, str):
+                yield Document(text)
+            else:
+                yield BadRecord(block.path, start, f"field {field!r} is {type(text).__name__}, expected a string")
+
+
+def _lines(data: bytes) -> Iterator[bytes]:
+    """Lines that end in a newline only (`bytes.splitlines` would also cut at a carriage return)."""
+    start = 0
+    while start < len(data):
+        stop = data.find(b"\n", start) + 1 or len(data)
+        yield data[start:stop]
+        start = stop
+
+
+def parse_delimited(block: Block, delimiter: bytes) -> Iterator[Document | BadRecord]:
+    """Plain text: a document ends at each delimiter (a blank line in CC-100)."""
+    offset = block.offset_bytes
+    for record in block.data.split(delimiter):
+        start, offset = offset, offset + len(record) + len(delimiter)
+        try:
+            text = record.decode()
+        except UnicodeDecodeError as error:
+            yield BadRecord(block.path, start + error.start, f"not valid UTF-8: {error.reason}")
+        else:
+            yield Document(text.strip("\n"))

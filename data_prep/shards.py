@@ -1,0 +1,278 @@
+"""The on-disk format of a prepared corpus: Megatron-Core `.bin`/`.idx` token shards and a manifest.
+
+    manifest.json                     what the corpus is: tokenizer, request, counts, shards with their checksums
+    tokenizer/                        the tokenizer's own files
+    <split>/<source>/<NNNNN>.bin      token ids, documents one after another, each closed by the separator
+    <split>/<source>/<NNNNN>.idx      index of the documents
+
+The index: magic "MMIDIDX\\0\\0", version u64 = 1, dtype code u8, number of sequences n u64, number of document bounds
+u64, then lengths i32[n], byte offsets i64[n], bounds i64[n + 1].
+
+All numbers are little-endian; dtype codes are Megatron-Core's (uint16 = 8, int32 = 4). A sequence is a document.
+Writers write `*.partial`, flush to the disk and rename; readers check sizes against the manifest at once and checksums
+on request.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import durable
+from data_prep.errors import UserError
+
+FORMAT_VERSION = 1
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
+DTYPE_CODES = {"uint16": 8, "int32": 4}
+_DTYPES = {
+    8: np.dtype("<u2"),
+    4: np.dtype("<i4"),
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    5: np.dtype("<i8"),
+}
+UINT16_VOCABULARY_LIMIT = 65_500  # the same bound as Megatron-Core's
+COPY_BYTES = 8 << 20
+
+
+def token_dtype(vocabulary_tokens: int) -> str:
+    """The narrowest dtype that holds the vocabulary."""
+    return "uint16" if vocabulary_tokens < UINT16_VOCABULARY_LIMIT else "int32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One shard as the manifest lists it."""
+
+    path: str
+    """Such as "train/wikipedia-en/00000": relative to the corpus, without suffix."""
+    split: str
+    source: str
+    language: str
+    documents: int
+    tokens: int
+    """Separators included."""
+    bytes: int
+    """Size of the .bin file."""
+    bin_sha256: str
+    idx_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a corpus is."""
+
+    format_version: int
+    tokenizer: dict
+    """fingerprint, vocabulary_tokens, cls_id, sep_id, pad_id"""
+    dtype: str
+    request: dict
+    counts: dict
+    shards: tuple[ShardInfo, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def index_bytes(lengths: np.ndarray, dtype: str) -> bytes:
+    """The .idx file for documents of these lengths (in tokens)."""
+    lengths = np.asarray(lengths, dtype="<i4")
+    offsets = np.zeros(len(lengths), dtype="<i8")
+    np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
+    offsets *= np.dtype(dtype).itemsize
+    header = _HEADER.pack(INDEX_MAGIC, INDEX_VERSION, DTYPE_CODES[dtype], len(lengths), len(lengths) + 1)
+    return b"".join((header, lengths.tobytes(), offsets.tobytes(), np.arange(len(lengths) + 1, dtype="<i8").tobytes()))
+
+
+@dataclass(frozen=True)
+class Index:
+    """A parsed .idx file; arrays are memory-mapped."""
+
+    dtype: np.dtype
+    lengths: np.ndarray
+    offsets_bytes: np.ndarray
+    document_bounds: np.ndarray
+
+
+def read_index(path: Path) -> Index:
+    """Reads an .idx file, ours or Megatron-Core's.
+
+    Raises:
+        UserError: it is not such a file, or it is cut short.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size or header[:9] != INDEX_MAGIC:
+        raise UserError(f"{path} is not a token index (it does not begin with MMIDIDX). Prepare the corpus again.")
+    _, version, code, sequences, bounds = _HEADER.unpack(header)
+    if version != INDEX_VERSION or code not in _DTYPES:
+        raise UserError(f"{path}: index version {version} with dtype code {code}; expected version {INDEX_VERSION}.")
+    expected = _HEADER.size + 12 * sequences + 8 * bounds
+    if size < expected:
+        raise UserError(
+            f"{path} holds {size} bytes, its header promises {expected}: it is cut short. Prepare it again."
+        )
+    raw = np.memmap(path, mode="r", dtype=np.uint8)
+    lengths_stop = _HEADER.size + 4 * sequences
+    offsets_stop = lengths_stop + 8 * sequences
+    return Index(
+        dtype=_DTYPES[code],
+        lengths=raw[_HEADER.size : lengths_stop].view("<i4"),
+        offsets_bytes=raw[lengths_stop:offsets_stop].view("<i8"),
+        document_bounds=raw[offsets_stop:expected].view("<i8"),
+    )
+
+
+class ShardWriter:
+    """Writes one shard: `add` documents, then `close`. Nothing appears under the final names before `close`."""
+
+    def __init__(self, folder: Path, path: str, *, dtype: str, split: str, source: str, language: str = ""):
+        self._base, self._path, self._dtype = folder / path, path, dtype
+        self._labels = {"split": split, "source": source, "language": language}
+        self._lengths: list[np.ndarray] = []
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+        self._base.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = Path(f"{self._base}.bin.{uuid.uuid4().hex}.partial")
+        self._file = self._partial.open("wb")
+
+    def add(self, ids: np.ndarray) -> None:
+        """Appends one document; `ids` end with the separator."""
+        self.add_raw(np.ascontiguousarray(ids, dtype=self._dtype).data, np.array([len(ids)], dtype=np.int32))
+
+    def add_raw(self, data, lengths: np.ndarray) -> None:
+        """Appends bytes of the shard's dtype, and the lengths of the documents that end in them."""
+        self._file.write(data)
+        self._digest.update(data)
+        self._bytes += memoryview(data).nbytes
+        if len(lengths):
+            self._lengths.append(np.asarray(lengths, dtype=np.int32))
+
+    def close(self) -> ShardInfo:
+        """Flushes to the disk, renames, and describes the shard."""
+        with self._file as file:
+            file.flush()
+            os.fsync(file.fileno())
+        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, dtype=np.int32)
+        index = index_bytes(lengths, self._dtype)
+        durable.write(Path(f"{self._base}.idx"), index)
+        self._partial.replace(f"{self._base}.bin")
+        durable.sync_folder(self._base.parent)
+        return ShardInfo(
+            path=self._path,
+            documents=len(lengths),
+            tokens=int(lengths.sum(dtype=np.int64)),
+            bytes=self._bytes,
+            bin_sha256=self._digest.hexdigest(),
+            idx_sha256=hashlib.sha256(index).hexdigest(),
+            **self._labels,
+        )
+
+    def abandon(self) -> None:
+        """Removes what was written so far."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+class Corpus:
+    """A prepared corpus, open for reading."""
+
+    def __init__(self, folder: Path, manifest: Manifest, fingerprint: str):
+        self.folder = folder
+        self.manifest = manifest
+        self.fingerprint = fingerprint
+        self._tokens: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Corpus":
+        """Opens a corpus after cheap checks: manifest, version, magic and sizes of every shard.
+
+        Raises:
+            UserError: what is missing or wrong, and in which shard.
+        """
+        folder = Path(folder)
+        path = folder / "manifest.json"
+        if not path.is_file():
+            what = (
+                "is not finished: run the same `minilm prepare` again"
+                if (folder / ".work").is_dir()
+                else ("is not a prepared corpus (no manifest.json): make one with `minilm prepare`")
+            )
+            raise UserError(f"{folder} {what}.")
+        raw = path.read_bytes()
+        manifest = _parse_manifest(path, raw)
+        if not any(shard.tokens for shard in manifest.shards):
+            raise UserError(f"{folder} holds no tokens: the corpus is empty. Check its sources.")
+        for shard in manifest.shards:
+            _check_sizes(folder, shard, manifest.dtype)
+        return cls(folder, manifest, hashlib.sha256(raw).hexdigest())
+
+    def shards(self, split: str) -> tuple[ShardInfo, ...]:
+        """The shards of "train" or "validation", in the order of the manifest."""
+        return tuple(shard for shard in self.manifest.shards if shard.split == split)
+
+    def tokens(self, shard: ShardInfo) -> np.ndarray:
+        """The token ids of a shard, flat and memory-mapped; opened at the first call."""
+        if shard.path not in self._tokens:
+            path = self.folder / f"{shard.path}.bin"
+            self._tokens[shard.path] = np.memmap(path, mode="r", dtype=np.dtype(self.manifest.dtype).newbyteorder("<"))
+        return self._tokens[shard.path]
+
+    def index(self, shard: ShardInfo) -> Index:
+        """Lengths and offsets of the documents of a shard."""
+        return read_index(self.folder / f"{shard.path}.idx")
+
+    def verify(self, workers: int | None = None) -> list[str]:
+        """Reads every byte and compares checksums; names the files that differ."""
+
+        def differs(item: tuple[str, str]) -> bool:
+            path, expected = item
+            return durable.sha256(self.folder / path) != expected
+
+        items = [
+            (f"{shard.path}.{suffix}", getattr(shard, f"{suffix}_sha256"))
+            for shard in self.manifest.shards
+            for suffix in ("bin", "idx")
+        ]
+        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # hashing releases the interpreter lock
+            return [path for (path, _), bad in zip(items, pool.map(differs, items), strict=True) if bad]
+
+
+def _parse_manifest(path: Path, raw: bytes) -> Manifest:
+    try:
+        content = json.loads(raw)
+        version = content["format_version"]
+        shards = tuple(ShardInfo(**shard) for shard in content["shards"])
+        values = {item.name: content[item.name] for item in fields(Manifest)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}). Prepare the corpus again.") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}. Prepare it again.")
+    return Manifest(**{**values, "shards": shards})
+
+
+def _check_sizes(folder: Path, shard: ShardInfo, dtype: str) -> None:
+    expected = {"bin": shard.tokens * np.dtype(dtype).itemsize, "idx": _HEADER.size + 20 * shard.documents + 8}
+    for suffix, size in expected.items():
+        path = folder / f"{shard.path}.{suffix}"
+        if not path.is_file():
+            raise UserError(f"shard {shard.path}.{suffix} is missing from {folder}. Copy or prepare the corpus again.")
+        if (actual := path.stat().st_size) != size:
+            raise UserError(
+                f"shard {shard.path}.{suffix} in {folder} has {actual} bytes, the manifest says {size}. "
+                "Copy or prepare the corpus again."
+            )
+    with (folder / f"{shard.path}.idx").open("rb") as file:
+        header = file.read(_HEADER.size)
+    if header[:9] != INDEX_MAGIC or _HEADER.unpack(header)[1:4] != (INDEX_VERSION, DTYPE_CODES[dtype], shard.documents):
+        raise UserError(f"shard {shard.path}.idx in {folder} has a wrong header. Copy or prepare the corpus again.")

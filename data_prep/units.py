@@ -1,0 +1,143 @@
+"""What a worker does with one piece of work: read its documents, encode them in batches, write a part."""
+
+import functools
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import sources
+from data_prep.errors import UserError
+from data_prep.formats import Block, Document
+from data_prep.parts import SPLITS, Part
+from data_prep.sources import Unit
+from data_prep.tokenizer import Encoder
+
+BATCH_CHARACTERS = 2 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitOptions:
+    """What a worker needs to know besides the unit."""
+
+    encoder_folder: str
+    work_folder: str
+    dtype: str
+    sep_id: int
+    validation_fraction: float
+    min_tokens: int
+    limit_documents: int | None
+    on_bad_record: str
+
+
+def part_of(unit: Unit, block_number: int, work: str | Path) -> Part:
+    """The part that a unit, or a block of a streamed unit, leaves behind."""
+    suffix = f"-{block_number:05d}" if unit.streamed else ""
+    return Part(Path(work) / "parts" / unit.source.name / f"{unit.number:06d}{suffix}")
+
+
+def describe(unit: Unit, block_number: int) -> str:
+    """A unit as error messages name it."""
+    files = sorted({span.path for span in unit.spans})
+    where = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    block = f", block {block_number}" if unit.streamed else ""
+    return f"unit {unit.number}{block} of source {unit.source.name!r} ({where})"
+
+
+def encode_unit(unit: Unit, block_number: int, block: Block | None, options: UnitOptions) -> dict[str, int]:
+    """Writes the part of one piece of work and returns its counts.
+
+    Raises:
+        UserError: a bad record (unless they are skipped), an unreadable file, a full disk, or too little memory.
+    """
+    try:
+        return _encode_unit(unit, block_number, block, options)
+    except OSError as error:
+        what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        hint = "Free some space" if error.errno == 28 else "Mend it"
+        raise UserError(
+            f"{describe(unit, block_number)} failed: {what}. Finished units are kept. {hint}, then run the same "
+            "command again."
+        ) from error
+    except MemoryError as error:
+        raise UserError(f"{describe(unit, block_number)} ran out of memory. Use fewer --workers.") from error
+
+
+def _encode_unit(unit: Unit, block_number: int, block: Block | None, options: UnitOptions) -> dict[str, int]:
+    encoder = _encoder(options.encoder_folder)
+    counts: Counter[str] = Counter()
+    tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    signed_lengths: list[np.ndarray] = []
+    for texts in _batches(_good_documents(unit, block, options, counts)):
+        ids, lengths = encoder.encode_flat(texts, counts)
+        keep = lengths >= max(1, options.min_tokens)
+        held_out = _held_out(texts, options.validation_fraction)
+        if options.limit_documents is not None:
+            keep &= np.cumsum(keep) <= options.limit_documents - counts["documents"]
+        closed, closed_lengths = _close_documents(ids, lengths, options.sep_id, options.dtype)
+        for split, chosen in (("train", keep & ~held_out), ("validation", keep & held_out)):
+            if chosen.any():
+                tokens[split].append(closed[np.repeat(chosen, closed_lengths)] if not chosen.all() else closed)
+        signed_lengths.append(np.where(held_out, -closed_lengths, closed_lengths)[keep])
+        counts["documents"] += int(keep.sum())
+        counts["tokens"] += int(closed_lengths[keep].sum())
+        counts["dropped_short"] += int((lengths < max(1, options.min_tokens)).sum())
+        if counts["documents"] == options.limit_documents:
+            break
+    lengths = np.concatenate(signed_lengths) if signed_lengths else np.zeros(0, dtype=np.int32)
+    record = dict(counts)
+    part_of(unit, block_number, options.work_folder).write(tokens, lengths, record)
+    return record
+
+
+@functools.lru_cache(maxsize=2)
+def _encoder(folder: str) -> Encoder:
+    return Encoder.load(folder)
+
+
+def _good_documents(unit: Unit, block: Block | None, options: UnitOptions, counts: Counter) -> Iterator[Document]:
+    for item in sources.documents(unit, block):
+        if isinstance(item, Document):
+            counts["documents_read"] += 1
+            yield item
+        elif options.on_bad_record == "skip":
+            counts["bad_records"] += 1
+        else:
+            raise UserError(
+                f"bad record in {item.describe()}. Mend the file, or count and skip such records with "
+                "--on-bad-record skip."
+            )
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
+    texts, characters = [], 0
+    for document in documents:
+        texts.append(document.text)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield texts
+            texts, characters = [], 0
+    if texts:
+        yield texts
+
+
+def _held_out(texts: list[str], fraction: float) -> np.ndarray:
+    """Which documents belong to the validation split: a hash of the text decides, so copies stay together."""
+    if fraction <= 0:
+        return np.zeros(len(texts), dtype=bool)
+    digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return np.frombuffer(digests, dtype="<u8") < int(fraction * 2**64)
+
+
+def _close_documents(ids: np.ndarray, lengths: np.ndarray, sep_id: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids with the separator after every document, and the lengths with it."""
+    ends = np.cumsum(lengths + 1) - 1
+    closed = np.empty(len(ids) + len(lengths), dtype=np.dtype(dtype).newbyteorder("<"))
+    inside = np.ones(len(closed), dtype=bool)
+    inside[ends] = False
+    closed[inside] = ids
+    closed[ends] = sep_id
+    return closed, (lengths + 1).astype(np.int32)
