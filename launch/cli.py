@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import click
@@ -15,6 +16,7 @@ EXIT_USER_ERROR = 2
 
 def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2, never a traceback."""
+    _quiet_libraries()
     try:
         minilm.main(prog_name="minilm", standalone_mode=False)
     except UserError as error:
@@ -115,8 +117,16 @@ def _distill_rank(recipe, ds_config, resume, stop_at, overrides, local_rank, num
     )
 
 
+def _quiet_libraries() -> None:
+    """Keep the libraries' own bars and start-up notes off the terminal; their warnings and errors stay."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
 def distill_rank() -> None:
     """One rank of `launch/distill.sh`, started by deepspeed, torchrun or srun."""
+    _quiet_libraries()
     try:
         code = _distill_rank.main(prog_name="distill.sh", standalone_mode=False)
     except (UserError, click.ClickException) as error:
@@ -170,3 +180,61 @@ def _console():
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 120)
+
+
+@minilm.command()
+@click.option("--tokenizer", required=True, help="The teacher: its tokenizer makes the tokens.")
+@click.option("--source", "source_texts", multiple=True, metavar="KIND:PATH", help="May be given many times.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the corpus.")
+@click.option("--validation", default=0.0, show_default=True, help="Share of documents held out, chosen by their hash.")
+@click.option("--min-tokens", default=1, show_default=True, help="Drop shorter documents.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many documents of each source.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes; all cores by default.")
+@click.option("--on-bad-record", type=click.Choice(["stop", "skip"]), default="stop", show_default=True)
+def prepare(tokenizer, source_texts, out, validation, min_tokens, limit, workers, on_bad_record) -> None:
+    """Turn text into token shards. Killed at any moment, the same command goes on.
+
+    \b
+    Kinds: wikipedia, bookcorpus, cc100, jsonl, parquet, text, hub
+    Example:
+      minilm prepare --tokenizer runs/samples/all-MiniLM-L6-v2 --out runs/corpus --validation 0.02 \\
+          --source wikipedia:runs/samples/enwiki-sample.xml.bz2 --source jsonl:runs/samples/leads-en.jsonl
+    """
+    from data_prep.prepare import PrepareRequest
+    from data_prep.prepare import prepare as run
+    from data_prep.sources import Source
+
+    request = PrepareRequest(
+        tokenizer=tokenizer,
+        sources=tuple(Source.parse(text) for text in source_texts),
+        validation_fraction=validation,
+        min_tokens=min_tokens,
+        limit_documents=limit,
+        on_bad_record=on_bad_record,
+    )
+    corpus = run(request, out, workers=workers)
+    shards = corpus.manifest.shards
+    click.echo(
+        f"{corpus.folder}: {sum(s.documents for s in shards):,} documents, {sum(s.tokens for s in shards):,} tokens"
+    )
+
+
+@minilm.command()
+@click.argument("path", type=click.Path(path_type=Path))
+def inspect(path: Path) -> None:
+    """Say what is in a corpus or in a run.
+
+    \b
+    Examples:
+      minilm inspect runs/demo/corpus
+      minilm inspect runs/demo/run
+    """
+    if (path / "manifest.json").is_file():
+        from data_prep import report as corpus_report
+        from data_prep.shards import Corpus
+
+        _console().print(corpus_report.table(Corpus.open(path)))
+    else:
+        from pipeline import report as run_report
+
+        _console().print(run_report.table(path))

@@ -10,6 +10,8 @@ torn: readers pass it over and say so.
     checkpoints/step-00000300/*.pt           DeepSpeed's own files
 """
 
+import contextlib
+import io
 import json
 import shutil
 import warnings
@@ -23,6 +25,7 @@ import torch.distributed as dist
 
 from data_prep import durable
 from data_prep.errors import UserError
+from pipeline.engine import import_deepspeed
 
 RECORD = "complete.json"
 
@@ -177,16 +180,20 @@ def load(engine, folder: Path, record: Record) -> None:
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The student's full fp32 weights of a checkpoint of any ZeRO stage, on the CPU; no process group is needed."""
-    record = read_record(checkpoint)
-    if record.zero_stage == 0:
+    stage = read_record(checkpoint).zero_stage
+    weights: dict[str, torch.Tensor] = {}
+    if stage < 3:  # whole, but in the precision of training, and the only place of frozen weights at stage 1
         states = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        return {name: tensor.float() for name, tensor in states["module"].items()}
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        weights = {name: tensor.float() for name, tensor in states["module"].items()}
+    if stage > 0:  # in fp32, from all ranks' partitions
+        import_deepspeed()
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    return {name: tensor.clone() for name, tensor in weights.items()}
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            master = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+            weights.update({name: tensor.clone() for name, tensor in master.items()})
+    return weights
 
 
 def _flush_own_files(target: Path, rank: int) -> dict[str, dict[str, Any]]:

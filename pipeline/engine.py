@@ -28,6 +28,15 @@ _OWNED_BY_RECIPE = {
 }
 
 
+def import_deepspeed():
+    """DeepSpeed, told beforehand that there is no GPU where there is none: it would warn of that in every process."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    return deepspeed
+
+
 def shipped_ds_configs() -> list[str]:
     return sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
 
@@ -100,8 +109,7 @@ def compute_dtype(config: dict[str, Any]) -> torch.dtype:
 
 def init_distributed(*, timeout_seconds: int = 1800) -> None:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; alone if they are not set."""
-    import deepspeed
-
+    deepspeed = import_deepspeed()
     for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, alone)
     os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
@@ -155,12 +163,11 @@ def start_student(model: torch.nn.Module, options: Optimizer, config: dict[str, 
     Returns:
         deepspeed.DeepSpeedEngine
     """
-    import deepspeed
 
     def schedule(optimizer):
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, options))
 
-    engine, _, _, _ = deepspeed.initialize(
+    engine, _, _, _ = import_deepspeed().initialize(
         model=model,
         optimizer=_adamw(parameter_groups(model, options.weight_decay), options, config),
         lr_scheduler=schedule,

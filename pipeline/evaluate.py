@@ -18,7 +18,7 @@ from torch import nn
 
 from data_prep import durable
 from data_prep.errors import UserError
-from pipeline.export import FinishedRun, export, model_card
+from pipeline.export import FinishedRun, export, load_exported, model_card, without_pooler
 from pipeline.models import StudentShape, build_student, teacher_config
 from pipeline.monitor import read_metrics
 
@@ -56,9 +56,7 @@ class Scores:
     probe_texts: int = 0
 
 
-def evaluate(
-    run: FinishedRun, *, probe: Path | None, texts: int = 2000, seq_tokens: int = 128, seed: int = 1
-) -> Scores:
+def evaluate(run: FinishedRun, *, probe: Path | None, texts: int = 2000, seq_tokens: int = 64, seed: int = 1) -> Scores:
     """Score the exported student of a run (exporting it first if needed), and write the scores into its folder.
 
     Args:
@@ -133,9 +131,10 @@ def load_models(run: FinishedRun, folder: Path) -> dict[str, nn.Module]:
     shape = StudentShape.parse(
         recipe.student.shape, heads=recipe.student.heads, feed_forward=recipe.student.feed_forward
     )
+    teacher_settings = teacher_config(recipe.teacher.model, trust_remote_code=recipe.teacher.trust_remote_code)
     start = build_student(
         shape,
-        teacher_config(recipe.teacher.model, trust_remote_code=recipe.teacher.trust_remote_code),
+        teacher_settings,
         family=recipe.student.family,
         init=recipe.student.init,
         tail_init=recipe.student.tail_init,
@@ -143,10 +142,10 @@ def load_models(run: FinishedRun, folder: Path) -> dict[str, nn.Module]:
         seed=recipe.run.seed,
         teacher_model=recipe.teacher.model,
     )
-    remote = recipe.teacher.trust_remote_code
+    trust = dict(trust_remote_code=recipe.teacher.trust_remote_code)
     return {
-        "teacher": AutoModel.from_pretrained(recipe.teacher.model, trust_remote_code=remote),
-        "student": AutoModel.from_pretrained(folder),
+        "teacher": AutoModel.from_pretrained(recipe.teacher.model, **trust, **without_pooler(teacher_settings)),
+        "student": load_exported(folder),
         "untrained": start.backbone,
     }
 

@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from pipeline.architectures import architecture_of
 from pipeline.config import Recipe, load_recipe
 from pipeline.models import RelationEncoder, tail_parameter_names
 from pipeline.monitor import read_metrics
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 EXPORT = "export"
 
@@ -52,8 +55,19 @@ def empty_encoder(folder: Path) -> RelationEncoder:
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(folder)
-    options = {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
-    return RelationEncoder(AutoModel.from_config(config, **options))
+    return RelationEncoder(AutoModel.from_config(config, **without_pooler(config)))
+
+
+def load_exported(folder: Path) -> "PreTrainedModel":
+    """The model of an exported folder, in eval mode, without the pooler that it was never given."""
+    from transformers import AutoConfig, AutoModel
+
+    return AutoModel.from_pretrained(folder, **without_pooler(AutoConfig.from_pretrained(folder))).eval()
+
+
+def without_pooler(config: "PretrainedConfig") -> dict[str, bool]:
+    """Arguments that keep a model class from adding an untrained pooler."""
+    return {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
 
 
 def export(run: FinishedRun, out: Path | None = None) -> Path:
@@ -124,13 +138,13 @@ def _scores_section(scores: dict[str, Any] | None) -> str:
 
 def _check_reload(model, folder: Path) -> None:
     """The folder must give back the same model: the same last hidden state for the same tokens."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer("The exported model computes what the trained one did.", return_tensors="pt")
     with torch.no_grad():
         ours = model.eval()(**tokens).last_hidden_state
-        theirs = AutoModel.from_pretrained(folder).eval()(**tokens).last_hidden_state
+        theirs = load_exported(folder)(**tokens).last_hidden_state
     if not torch.equal(ours, theirs):
         raise RuntimeError(f"the model read back from {folder} differs from the one written")
 
@@ -149,7 +163,7 @@ distillation) by minilmv2-deepspeed. Fine-tune it as any encoder of its architec
 {rows}
 
 The loss reaches the queries, keys and values of the last layer. What stands behind them in that layer (its attention
-output and feed-forward: {tail}) was not trained and expects fine-tuning.
+output and feed-forward: {tail}) was not trained and expects fine-tuning. There is no pooler: classes that want one say that they make a new one.
 {scores}
 ## Use
 
