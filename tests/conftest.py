@@ -1,6 +1,10 @@
-"""Fixtures that all tests share: the real samples."""
+"""Fixtures that all tests share: the real samples, a small corpus, real runs of two ranks."""
 
 import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +14,8 @@ from data_prep import samples as sample_store
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "distill.sh"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,3 +43,75 @@ class Samples:
 @pytest.fixture(scope="session")
 def samples() -> Samples:
     return Samples(folder=sample_store.fetch(log=lambda line: None))
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus of 600 English leads, a tenth of them held out."""
+    from data_prep.prepare import PrepareRequest, prepare
+    from data_prep.sources import Source
+
+    folder = tmp_path_factory.mktemp("corpus") / "leads"
+    source = Source.parse(f"jsonl,language=en:{samples.leads('en')}")
+    request = PrepareRequest(
+        tokenizer=str(samples.teacher), sources=(source,), validation_fraction=0.1, limit_documents=600
+    )
+    prepare(request, folder, workers=1, show_progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_run(samples: Samples, corpus_folder: Path) -> list[str]:
+    """Overrides that make the demo recipe a matter of seconds: six steps of eight samples of 32 tokens."""
+    return [
+        f"teacher.model={samples.teacher}",
+        f"data.corpus={corpus_folder}",
+        "data.seq_tokens=32",
+        "optimizer.global_batch_samples=8",
+        "optimizer.steps=6",
+        "optimizer.warmup_steps=2",
+        "checkpoint.every_steps=3",
+        "logging.every_steps=1",
+        "logging.validation_samples=16",
+    ]
+
+
+@pytest.fixture(scope="session")
+def distill(small_run: list[str]) -> Callable[..., subprocess.CompletedProcess]:
+    """Run `launch/distill.sh` under the real launcher with real ranks; returns the finished process."""
+
+    def run(output: Path, *arguments: str, ranks: int = 2, expect: int = 0) -> subprocess.CompletedProcess:
+        command = [Path(sys.executable).parent / "deepspeed", f"--num_gpus={ranks}", f"--master_port={free_port()}"]
+        command += [SCRIPT, "--recipe", "demo", *small_run, f"run.output={output}", *arguments]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        process = subprocess.run(
+            list(map(str, command)), env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300
+        )
+        assert process.returncode == expect, process.stdout[-4000:] + process.stderr[-4000:]
+        return process
+
+    return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """Two runs of six steps on two ranks: one in a go, one stopped after three steps and resumed."""
+
+    unbroken: Path
+    resumed: Path
+
+
+@pytest.fixture(scope="session")
+def runs(distill, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("runs")
+    both = Runs(unbroken=folder / "unbroken", resumed=folder / "resumed")
+    distill(both.unbroken)
+    distill(both.resumed, "--stop-at=3")
+    distill(both.resumed)
+    return both
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

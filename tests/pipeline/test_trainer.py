@@ -1,0 +1,54 @@
+"""Real runs: two gloo ranks under DeepSpeed, a real teacher, real text."""
+
+import torch
+
+from pipeline.checkpoint import read_weights
+from pipeline.monitor import read_metrics
+from pipeline.trainer import step_seed
+
+
+def losses(folder, kind="train"):
+    return [(record["step"], record["loss"], record["per_pair"]) for record in read_metrics(folder, kind)]
+
+
+def test_six_steps_equal_three_and_three_bit_for_bit(runs):
+    assert [step for step, *_ in losses(runs.unbroken)] == [1, 2, 3, 4, 5, 6]
+    assert losses(runs.unbroken) == losses(runs.resumed)
+    assert losses(runs.unbroken, "validation") == losses(runs.resumed, "validation")
+    ours, theirs = (read_weights(folder / "checkpoints" / "step-00000006") for folder in (runs.unbroken, runs.resumed))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_training_lowers_the_held_out_loss(runs):
+    validation = losses(runs.unbroken, "validation")
+    assert [step for step, *_ in validation] == [0, 6]
+    assert validation[-1][1] < validation[0][1]
+
+
+def test_output_folder_holds_what_is_promised(runs):
+    names = {path.name for path in runs.unbroken.iterdir()}
+    assert {"recipe.toml", "deepspeed.json", "model", "checkpoints", "tensorboard", "metrics.jsonl"} <= names
+    assert list((runs.unbroken / "tensorboard").glob("events.out.tfevents.*"))
+    assert (runs.unbroken / "checkpoints" / "latest").read_text() == "step-00000006"
+
+
+def test_a_finished_run_started_again_changes_nothing(runs, distill):
+    before = (runs.resumed / "metrics.jsonl").read_bytes()
+    process = distill(runs.resumed)
+    assert "done: 6 steps" in process.stdout
+    assert (runs.resumed / "metrics.jsonl").read_bytes() == before
+
+
+def test_checkpoint_of_another_recipe_is_refused_and_kept(runs, distill):
+    before = sorted((path, path.stat().st_mtime_ns) for path in runs.unbroken.rglob("*"))
+    process = distill(runs.unbroken, "optimizer.peak_lr=5e-4", expect=2)
+    assert "optimizer.peak_lr: 0.0005 here, 0.001 there" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert sorted((path, path.stat().st_mtime_ns) for path in runs.unbroken.rglob("*")) == before
+
+
+def test_step_seeds_differ_between_steps_ranks_and_seeds():
+    seeds = {step_seed(seed, step, rank) for seed in (1, 2) for step in range(50) for rank in range(4)}
+    assert len(seeds) == 2 * 50 * 4
+    assert step_seed(1, 2, 3) == step_seed(1, 2, 3)
