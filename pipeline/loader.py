@@ -11,9 +11,10 @@ incomplete window is left out. A sample of packing "none" is one document, padde
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import count
 
 import numpy as np
 
@@ -23,7 +24,11 @@ from pipeline.order import Mixture, block_permute, derive_key, permute, temperat
 from pipeline.reader import Batch, Places, Reader
 
 # Samples whose places are computed in one go: enough to make the arithmetic's fixed cost vanish.
-_PLAN_SAMPLES = 4096
+_PLAN_SAMPLES = 2048
+# Samples read in one go, so that handing over between threads costs little however small the micro-batches are.
+_TASK_SAMPLES = 128
+# So many tasks read at once when the disk is slow; see `Reader` for when it is not.
+_READING_THREADS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +145,16 @@ class SampleSet:
         return self.read(self.locate(np.array([k], np.int64))).input_ids[0].numpy()
 
     def read(self, places: Places) -> Batch:
-        """Reads located samples into a batch, row by row as asked."""
+        """One batch of located samples."""
         return self._reader.read(places)
+
+    def read_batches(self, places: Places, samples: int) -> list[Batch]:
+        """Located samples in batches of `samples`, read in one go."""
+        cuts = [slice(at, at + samples) for at in range(0, len(places.samples), samples)]
+        if self.options.packing == "none":  # each batch is as long as its own longest row
+            return [self.read(places[rows]) for rows in cuts]
+        whole = self.read(places)
+        return [whole[rows] for rows in cuts]
 
 
 def _given_weights(
@@ -195,36 +208,33 @@ class Loader:
         self.data_wait_seconds = 0.0
         self._batch, self._micro, self._rank_samples = global_batch_samples, micro_batch_samples, rank_samples
         self._first_sample = samples_seen + rank * rank_samples
-        self._prefetch = max(1, prefetch_batches)
-        self._plan_batches = max(1, _PLAN_SAMPLES // rank_samples)
+        # One task of a reading thread: several micro-batches if they are small.
+        self._task_samples = micro_batch_samples * max(1, _TASK_SAMPLES // micro_batch_samples)
+        self._tasks = 1 + -(-max(1, prefetch_batches) * micro_batch_samples // self._task_samples)
+        self._plan_samples = self._task_samples * max(1, _PLAN_SAMPLES // self._task_samples)
         self._plan = lru_cache(2)(self._locate)
         self._threads: ThreadPoolExecutor | None = None
 
     def _locate(self, plan: int) -> Places:
-        """Places of this rank's samples in the global batches of one plan."""
-        batches = np.arange(plan * self._plan_batches, (plan + 1) * self._plan_batches, dtype=np.int64)
-        samples = self._first_sample + batches[:, None] * self._batch + np.arange(self._rank_samples)
-        return self.sample_set.locate(samples.ravel())
+        """Places of the next so many of this rank's samples."""
+        own = np.arange(plan * self._plan_samples, (plan + 1) * self._plan_samples, dtype=np.int64)
+        batch, within = np.divmod(own, self._rank_samples)
+        return self.sample_set.locate(self._first_sample + batch * self._batch + within)
 
-    def _read(self, micro_batch: int) -> Batch:
-        plan, row = divmod(micro_batch * self._micro, self._plan_batches * self._rank_samples)
-        return self.sample_set.read(self._plan(plan)[row : row + self._micro])
+    def _read(self, task: int) -> list[Batch]:
+        plan, row = divmod(task * self._task_samples, self._plan_samples)
+        return self.sample_set.read_batches(self._plan(plan)[row : row + self._task_samples], self._micro)
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        self._threads = threads = ThreadPoolExecutor(2, thread_name_prefix="loader")
-        pending: deque[Future[Batch]] = deque(threads.submit(self._read, m) for m in range(self._prefetch))
-        following = self._prefetch
-        try:
-            while True:
-                started = time.perf_counter()
-                batch = pending.popleft().result()
-                self.data_wait_seconds += time.perf_counter() - started
-                pending.append(threads.submit(self._read, following))
-                following += 1
-                yield batch
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)
+        self._threads = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="loader")
+        pending = deque(self._threads.submit(self._read, task) for task in range(self._tasks))
+        for following in count(self._tasks):
+            began = time.perf_counter()
+            batches = pending.popleft().result()
+            self.data_wait_seconds += time.perf_counter() - began
+            pending.append(self._threads.submit(self._read, following))
+            yield from batches
 
     def shares(self, samples_seen: int) -> dict[str, float]:
         """Share of the first `samples_seen` samples that each source ("source/NAME") and language has had."""

@@ -7,8 +7,10 @@ for the bytes of one row, lets other threads run, and fails with a message.
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import torch
@@ -43,6 +45,11 @@ class Batch:
     position_ids: torch.Tensor | None
     samples: np.ndarray
 
+    def __getitem__(self, rows: slice) -> "Batch":
+        """Some rows, sharing memory."""
+        parts = {name: None if value is None else value[rows] for name, value in vars(self).items()}
+        return Batch(**parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
@@ -61,9 +68,7 @@ class Places:
     epoch: np.ndarray
 
     def __getitem__(self, rows: slice) -> "Places":
-        return Places(
-            samples=self.samples[rows], shard=self.shard[rows], index=self.index[rows], epoch=self.epoch[rows]
-        )
+        return Places(**{name: values[rows] for name, values in vars(self).items()})
 
 
 class _File:
@@ -77,6 +82,7 @@ class _File:
         self._path, self._close = path, os.close
 
     def read(self, size: int, offset: int) -> bytes:
+        """Exactly `size` bytes, however many reads they take."""
         data = os.pread(self.descriptor, size, offset)
         while len(data) < size:
             more = os.pread(self.descriptor, size - len(data), offset + len(data))
@@ -108,14 +114,15 @@ class Reader:
     ) -> None:
         ids = corpus.manifest.tokenizer
         self._cls, self._sep, self._pad = ids["cls_id"], ids["sep_id"], ids["pad_id"]
-        self._corpus, self._shards = corpus, shards
+        self._ends = np.array([shard.tokens for shard in shards], np.int64)
         self._dtype = np.dtype(corpus.manifest.dtype).newbyteorder("<")
+        self._width = self._dtype.itemsize
         self._seq, self._window = seq_tokens, seq_tokens - 2
         self._inside_documents, self._shift_seed = attention == "document", shift_seed
         self._whole_documents = packing == "none"
         self._file = lru_cache(_OPEN_SHARDS)(lambda shard: _File(f"{corpus.folder / shards[shard].path}.bin"))
         self._index = lru_cache(_OPEN_SHARDS)(lambda shard: corpus.index(shards[shard]))
-        self._from_disk = False
+        self._from_disk, self._lock = False, Lock()
 
     def read(self, places: Places) -> Batch:
         """The rows of a batch, read in the order in which they lie on the disk."""
@@ -123,16 +130,14 @@ class Reader:
 
     def _read_windows(self, places: Places) -> Batch:
         """Rows [CLS] window [SEP]."""
-        order = np.lexsort((places.index, places.shard))
-        shard = places.shard[order]
-        start = places.index[order] * self._window
+        start = places.index * self._window
         if self._shift_seed is not None:
-            start += derive_key(self._shift_seed, _SHIFT, shard, places.epoch[order]).astype(np.int64) % self._window
-        spans = list(zip(shard.tolist(), start.tolist(), [self._window] * len(start), strict=True))
-        read = np.frombuffer(self._bytes(spans), self._dtype).reshape(-1, self._window)
-        ids = np.empty((len(order), self._seq), np.int64)
+            key = derive_key(self._shift_seed, _SHIFT, places.shard, places.epoch)
+            start += (key % np.uint64(self._window)).astype(np.int64)
+        read = self._bytes(places.shard, start, np.full(len(start), self._window))
+        ids = np.empty((len(start), self._seq), np.int64)
         ids[:, 0], ids[:, -1] = self._cls, self._sep
-        ids[order, 1:-1] = read
+        ids[:, 1:-1] = np.frombuffer(read, self._dtype).reshape(-1, self._window)
         documents, positions = _documents(ids, self._sep) if self._inside_documents else (None, None)
         return Batch(
             input_ids=torch.from_numpy(ids),
@@ -144,16 +149,16 @@ class Reader:
 
     def _read_documents(self, places: Places) -> Batch:
         """Rows [CLS] document [SEP], padded to the longest; of a long document, one piece an epoch, in turns."""
-        order = np.lexsort((places.index, places.shard))
-        spans = [self._piece(*p) for p in np.stack([places.shard, places.index, places.epoch], 1)[order].tolist()]
-        read = np.frombuffer(self._bytes(spans), self._dtype)
-        lengths = np.array([tokens for _, _, tokens in spans])
-        ids = np.full((len(order), int(lengths.max()) + 2), self._pad, np.int64)
-        real = np.zeros(ids.shape, bool)
-        for row, tokens, stop in zip(order.tolist(), lengths.tolist(), np.cumsum(lengths).tolist(), strict=True):
-            ids[row, 0], ids[row, tokens + 1] = self._cls, self._sep
-            ids[row, 1 : tokens + 1] = read[stop - tokens : stop]
-            real[row, : tokens + 2] = True
+        where = zip(places.shard.tolist(), places.index.tolist(), places.epoch.tolist(), strict=True)
+        start, tokens = np.array([self._piece(*place) for place in where]).T
+        read = self._bytes(places.shard, start, tokens)
+        real = np.arange(int(tokens.max()) + 2) < tokens[:, None] + 2
+        ids = np.full(real.shape, self._pad, np.int64)
+        ids[:, 0] = self._cls
+        ids[np.arange(len(ids)), tokens + 1] = self._sep
+        inner = real.copy()
+        inner[:, 0] = inner[np.arange(len(ids)), tokens + 1] = False
+        ids[inner] = np.frombuffer(read, self._dtype)
         mask = torch.from_numpy(real)
         return Batch(
             input_ids=torch.from_numpy(ids),
@@ -163,34 +168,43 @@ class Reader:
             samples=places.samples,
         )
 
-    def _piece(self, shard: int, document: int, epoch: int) -> tuple[int, int, int]:
-        """Span of a document without its separator: all of it, or the piece whose turn it is in this epoch."""
+    def _piece(self, shard: int, document: int, epoch: int) -> tuple[int, int]:
+        """First token and length of a document without its separator, or of the piece whose turn it is."""
         index = self._index(shard)
         tokens = int(index.lengths[document]) - 1
         pieces = max(1, -(-tokens // self._window))
         piece = (document + epoch) % pieces
         start, stop = piece * tokens // pieces, (piece + 1) * tokens // pieces
-        return shard, int(index.offsets_bytes[document]) // self._dtype.itemsize + start, stop - start
+        return int(index.offsets_bytes[document]) // self._width + start, stop - start
 
-    def _bytes(self, spans: list[tuple[int, int, int]]) -> bytes:
-        """The tokens of sorted spans (shard, first token, tokens), end to end; a span may run over a shard's end."""
-        began = time.perf_counter()
-        width = self._dtype.itemsize
-        files = [self._file(shard) for shard, _, _ in spans]
-        if self._from_disk and hasattr(os, "posix_fadvise"):
+    def _bytes(self, shard: np.ndarray, start: np.ndarray, tokens: np.ndarray) -> bytes:
+        """The bytes of spans of tokens, end to end; what runs over a shard's end goes on at its beginning."""
+        # While rows come from memory, more than one thread would only fight for the interpreter lock.
+        with nullcontext() if self._from_disk else self._lock:
+            began = time.perf_counter()
+            if self._from_disk:
+                order = np.lexsort((start, shard))
+                rows = self._rows(shard[order], start[order], tokens[order], announce=True)
+                rows = [rows[i] for i in np.argsort(order).tolist()]
+            else:
+                rows = self._rows(shard, start, tokens, announce=False)
+            self._from_disk = time.perf_counter() - began > _CACHED_ROW_SECONDS * len(rows)
+        return b"".join(rows)
+
+    def _rows(self, shard: np.ndarray, start: np.ndarray, tokens: np.ndarray, *, announce: bool) -> list[bytes]:
+        files = [self._file(s) for s in shard.tolist()]
+        descriptors = [file.descriptor for file in files]
+        offsets, sizes = (start * self._width).tolist(), (tokens * self._width).tolist()
+        if announce and hasattr(os, "posix_fadvise"):
             # All requests at once, so that the disk works on the whole batch; pointless for what is cached.
-            for file, (_, start, tokens) in zip(files, spans, strict=True):
-                os.posix_fadvise(file.descriptor, start * width, tokens * width, os.POSIX_FADV_WILLNEED)
-        parts = []
-        for file, (shard, start, tokens) in zip(files, spans, strict=True):
-            over = start + tokens - self._shards[shard].tokens
-            if over <= 0:
-                parts.append(file.read(tokens * width, start * width))
-            else:  # shifted windows treat a shard as a ring
-                parts.append(file.read((tokens - over) * width, start * width))
-                parts.append(file.read(over * width, 0))
-        self._from_disk = time.perf_counter() - began > _CACHED_ROW_SECONDS * len(spans)
-        return b"".join(parts)
+            for span in zip(descriptors, offsets, sizes, strict=True):
+                os.posix_fadvise(*span, os.POSIX_FADV_WILLNEED)
+        rows = list(map(os.pread, descriptors, sizes, offsets))
+        if sum(map(len, rows)) < sum(sizes):
+            for row in (i for i, size in enumerate(sizes) if len(rows[i]) < size):
+                inside = min(sizes[row], int(self._ends[shard[row]]) * self._width - offsets[row])
+                rows[row] = files[row].read(inside, offsets[row]) + files[row].read(sizes[row] - inside, 0)
+        return rows
 
 
 def _documents(ids: np.ndarray, sep: int) -> tuple[torch.Tensor, torch.Tensor]:

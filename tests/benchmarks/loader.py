@@ -1,0 +1,297 @@
+"""Shuffled 512-token samples a second, start-up and memory: this loader beside its peers and a bare memory map.
+
+    python tests/benchmarks/loader.py [--folder DIR] [--rounds 3] [--scales 1 10] [--only NAME ...]
+
+Every contender serves the same tokens as int64 [64, 512] batches in shuffled order, in a process of its own, from a
+warm page cache, in its fastest setting known to us; the rounds go through all contenders in turn, so that a busy moment
+of the machine does not fall on one of them alone. Peers that are not installed are left out; none of them is a
+dependency of this project (`pip install mosaicml-streaming megatron-core`). Printed are medians over the rounds:
+
+    samples/s   of an uninterrupted loop over the batches
+    open ms     from nothing (libraries imported) to a loader that can be iterated, indices not cached
+    first ms    from there to the first batch
+    memory MB   growth of the process's peak resident memory over that of the imported libraries
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+SEQ, BATCH = 512, 64
+WINDOW = SEQ - 2
+TOKENS_AT_SCALE_1 = 20_000_000
+CLS, SEP = 101, 102
+
+
+def tokens_of(scale: int) -> np.ndarray:
+    """The corpus: documents of 500 tokens, each closed by the separator; uint16."""
+    tokens = np.random.default_rng(0).integers(1000, 30_000, scale * TOKENS_AT_SCALE_1, dtype=np.uint16)
+    tokens[499::500] = SEP
+    return tokens
+
+
+def rows_of(scale: int) -> np.ndarray:
+    """The corpus cut into finished samples, for formats that store these; uint16 [n, SEQ]."""
+    tokens = tokens_of(scale)
+    rows = np.empty((len(tokens) // WINDOW, SEQ), np.uint16)
+    rows[:, 0], rows[:, -1] = CLS, SEP
+    rows[:, 1:-1] = tokens[: len(rows) * WINDOW].reshape(-1, WINDOW)
+    return rows
+
+
+def write_corpus(folder: Path, scale: int) -> None:
+    from data_prep.shards import Manifest, ShardWriter
+
+    writer = ShardWriter(folder, "train/a/00000", dtype="uint16", split="train", source="a", language="en")
+    tokens = tokens_of(scale)
+    writer.add_raw(tokens.data, np.full(len(tokens) // 500, 500))
+    ids = {"fingerprint": "", "vocabulary_tokens": 30_522, "cls_id": CLS, "sep_id": SEP, "pad_id": 0}
+    manifest = Manifest(
+        format_version=1, tokenizer=ids, dtype="uint16", request={}, counts={}, shards=(writer.close(),)
+    )
+    (folder / "manifest.json").write_text(manifest.to_json())
+
+
+def open_ours(folder: Path, **options) -> Iterable[torch.Tensor]:
+    from data_prep.shards import Corpus
+    from pipeline.loader import DataOptions, Loader
+
+    corpus = Corpus.open(folder)
+    loader = Loader(
+        corpus, DataOptions(seq_tokens=SEQ, seed=1, **options), global_batch_samples=256, micro_batch_samples=BATCH
+    )
+    return (batch.input_ids for batch in loader)
+
+
+class _Windows(Dataset):
+    """The least that a program can do: a memory map, a random permutation, a slice."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens) // WINDOW
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        row = np.empty(SEQ, np.int64)
+        row[0], row[-1] = CLS, SEP
+        row[1:-1] = self.tokens[index * WINDOW : (index + 1) * WINDOW]
+        return torch.from_numpy(row)
+
+
+def _memmap(folder: Path) -> np.ndarray:
+    return np.memmap(folder / "train/a/00000.bin", np.uint16, "r")
+
+
+def open_memmap(folder: Path) -> Iterable[torch.Tensor]:
+    return DataLoader(_Windows(_memmap(folder)), batch_size=BATCH, shuffle=True)
+
+
+def open_memmap_loop(folder: Path) -> Iterable[torch.Tensor]:
+    """No DataLoader either: slices copied straight into the batch."""
+    tokens = _memmap(folder)
+
+    def batches() -> Iterable[torch.Tensor]:
+        order = np.random.default_rng(1).permutation(len(tokens) // WINDOW) * WINDOW
+        for at in range(0, len(order), BATCH):
+            ids = np.empty((BATCH, SEQ), np.int64)
+            ids[:, 0], ids[:, -1] = CLS, SEP
+            for row, start in enumerate(order[at : at + BATCH].tolist()):
+                ids[row, 1:-1] = tokens[start : start + WINDOW]
+            yield torch.from_numpy(ids)
+
+    return batches()
+
+
+def write_arrow(folder: Path, scale: int) -> None:
+    import datasets
+    import pyarrow
+
+    rows = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows_of(scale).ravel()), SEQ)
+    datasets.Dataset(pyarrow.table({"input_ids": rows})).save_to_disk(str(folder / "data"))
+
+
+def open_arrow(folder: Path) -> Iterable[torch.Tensor]:
+    import datasets
+
+    data = datasets.load_from_disk(str(folder / "data")).with_format("torch", columns=["input_ids"])
+    return (b["input_ids"] for b in DataLoader(data, batch_size=BATCH, shuffle=True))
+
+
+def _import_streaming():
+    """MosaicML streaming; it imports torchvision for its image classes, which no matching build may exist for."""
+    for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
+        module = types.ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        module.VisionDataset, module.to_tensor = object, None
+        sys.modules[name] = module
+    for name in ("datasets", "transforms"):
+        setattr(sys.modules["torchvision"], name, sys.modules[f"torchvision.{name}"])
+    import streaming
+
+    return streaming
+
+
+def write_mds(folder: Path, scale: int) -> None:
+    streaming = _import_streaming()
+    with streaming.MDSWriter(out=str(folder), columns={"input_ids": f"ndarray:uint16:{SEQ}"}) as writer:
+        for row in rows_of(scale):
+            writer.write({"input_ids": row})
+
+
+def open_mds(folder: Path) -> Iterable[torch.Tensor]:
+    streaming = _import_streaming()
+    data = streaming.StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH)
+    return DataLoader(
+        data,
+        batch_size=BATCH,
+        collate_fn=lambda rows: torch.from_numpy(np.stack([r["input_ids"] for r in rows])).long(),
+    )
+
+
+def open_megatron(folder: Path) -> Iterable[torch.Tensor]:
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+    tokenizer = types.SimpleNamespace(eod=SEP, pad=0, vocab_size=30_522, unique_identifiers={"class": "benchmark"})
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=SEQ,
+        split="1,0,0",
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        path_to_cache=tempfile.mkdtemp(),
+    )
+    prefix = str(folder / "train/a/00000")
+    tokens = IndexedDataset(prefix)
+    documents = np.arange(len(tokens.document_indices) - 1, dtype=np.int32)
+    data = GPTDataset(tokens, prefix, documents, None, Split.train, config)
+    return (b["tokens"] for b in DataLoader(data, batch_size=BATCH, shuffle=True))
+
+
+Opener = Callable[[Path], Iterable[torch.Tensor]]
+# name: (where its data lie, how they are written, how they are opened, what must be importable)
+CONTENDERS: dict[str, tuple[str, Callable[[Path, int], None], Opener, tuple[str, ...]]] = {
+    "this loader": ("shards", write_corpus, open_ours, ()),
+    "this loader, blocks of 256": ("shards", write_corpus, lambda f: open_ours(f, block_samples=256), ()),
+    "this loader, attention in documents": ("shards", write_corpus, lambda f: open_ours(f, attention="document"), ()),
+    "memmap, DataLoader": ("shards", write_corpus, open_memmap, ()),
+    "memmap, bare loop": ("shards", write_corpus, open_memmap_loop, ()),
+    "datasets (Arrow)": ("arrow", write_arrow, open_arrow, ("datasets",)),
+    "MosaicML streaming (MDS)": ("mds", write_mds, open_mds, ("streaming",)),
+    "Megatron-Core GPTDataset": ("shards", write_corpus, open_megatron, ("megatron.core.datasets.gpt_dataset",)),
+}
+
+
+def _resident_mb(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
+
+
+def measure(name: str, folder: Path, seconds: float) -> dict[str, float]:
+    """Run in a process of its own: opens, reads for so many seconds, at least once through 4096 samples."""
+    _, _, opener, modules = CONTENDERS[name]
+    if "streaming" in modules:
+        _import_streaming()
+    for module in ("data_prep.shards", "pipeline.loader", *(m for m in modules if m != "streaming")):
+        __import__(module)
+    before = _resident_mb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+    began = time.perf_counter()
+    loader = opener(folder)
+    opened = time.perf_counter()
+    batches = iter(loader)
+    first = next(batches)
+    ready = time.perf_counter()
+    assert first.shape == (BATCH, SEQ) and first.dtype == torch.int64
+    read = 0
+    while time.perf_counter() - ready < seconds or read < 4096:
+        if (batch := next(batches, None)) is None or len(batch) < BATCH:
+            batches = iter(loader)
+            continue
+        read += BATCH
+    spent = time.perf_counter() - ready
+    return {
+        "samples/s": read / spent,
+        "open ms": (opened - began) * 1e3,
+        "first ms": (ready - opened) * 1e3,
+        "memory MB": _resident_mb("VmHWM") - before,
+    }
+
+
+def child(name: str, folder: Path, seconds: float) -> dict[str, float] | None:
+    command = [sys.executable, __file__, "--measure", name, "--folder", str(folder), "--seconds", str(seconds)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def prepare(folder: Path, scale: int, write: Callable[[Path, int], None]) -> None:
+    if not (folder / "complete").exists():
+        write(folder, scale)
+        (folder / "complete").touch()
+    for path in folder.rglob("*"):  # warms the page cache
+        if path.is_file():
+            path.read_bytes()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "minilm-bench-loader")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scales", type=int, nargs="+", default=[1, 10])
+    parser.add_argument("--seconds", type=float, default=2.0, help="time that each measurement reads")
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure, arguments.folder, arguments.seconds)))
+        return
+    results: dict[tuple[int, str], list[dict[str, float]]] = {}
+    for round_number in range(arguments.rounds):
+        for scale in arguments.scales:
+            for name in arguments.only:
+                data, write, _, _ = CONTENDERS[name]
+                folder = arguments.folder / f"{data}-{scale}x"
+                try:
+                    prepare(folder, scale, write)
+                except ImportError:
+                    continue
+                if got := child(name, folder, arguments.seconds):
+                    results.setdefault((scale, name), []).append(got)
+        print(f"round {round_number + 1} of {arguments.rounds} done", file=sys.stderr)
+    columns = ("samples/s", "open ms", "first ms", "memory MB")
+    print(
+        f"{os.cpu_count()} processors; scale 1 = {TOKENS_AT_SCALE_1:,} tokens; medians of {arguments.rounds} rounds\n"
+    )
+    print("| scale | loader | " + " | ".join(columns) + " |\n|---|---|" + "---:|" * len(columns))
+    for (scale, name), rounds in results.items():
+        medians = [statistics.median(r[column] for r in rounds) for column in columns]
+        cells = [f"{medians[0]:,.0f}", *(f"{m:.1f}" for m in medians[1:])]
+        print(f"| {scale}x | {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
