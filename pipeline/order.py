@@ -21,7 +21,9 @@ from math import gcd
 
 import numpy as np
 
-_ROUNDS = 8
+# Small networks mix slowly: below this size every ordering, not only every pair of places, should be equally likely.
+_SMALL_SIZE = 256
+_ROUNDS, _ROUNDS_IF_SMALL = 8, 24
 _GOLDEN = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1
 _HALF = np.uint64(32)
@@ -55,26 +57,37 @@ def permute(positions: np.ndarray, size: int | np.ndarray, key: np.ndarray) -> n
         size: number of elements, below 2**62; a scalar or one per position.
         key: uint64 from `derive_key`, of one element or one per position.
     """
-    return _walk(positions, size, key, range(_ROUNDS), forward=True)
+    return _walk(_words(positions), _words(size), key, forward=True)
 
 
 def unpermute(samples: np.ndarray, size: int | np.ndarray, key: np.ndarray) -> np.ndarray:
     """The inverse of `permute`: at which position a sample comes."""
-    return _walk(samples, size, key, range(_ROUNDS - 1, -1, -1), forward=False)
+    return _walk(_words(samples), _words(size), key, forward=False)
 
 
-def _walk(values: np.ndarray, size: int | np.ndarray, key: np.ndarray, rounds: range, *, forward: bool) -> np.ndarray:
-    values = np.atleast_1d(np.asarray(values)).astype(np.uint64)
-    limit = np.atleast_1d(np.asarray(size)).astype(np.uint64)
+def _words(values: int | np.ndarray) -> np.ndarray:
+    return np.atleast_1d(np.asarray(values)).astype(np.uint64)
+
+
+def _walk(values: np.ndarray, size: np.ndarray, key: np.ndarray, *, forward: bool) -> np.ndarray:
+    """Through the network and, cycle walking, again until the value falls into [0, size); int64."""
+    small = size < _SMALL_SIZE
+    if small.any() and not small.all():
+        out = np.empty(values.shape, np.int64)
+        for part in (np.flatnonzero(small), np.flatnonzero(~small)):
+            at = key if key.size == 1 else key[part]
+            out[part] = _walk(values[part], size[part], at, forward=forward)
+        return out
+    rounds = _ROUNDS_IF_SMALL if small[0] else _ROUNDS
     # The high digit's base is even, so that odd permutations are reachable too.
-    high = _ceil_sqrt(limit)
+    high = _ceil_sqrt(size)
     high += high & np.uint64(1)
-    low = (limit + high - np.uint64(1)) // high
-    out = _feistel(values, high, low, key, rounds, forward)
-    while (outside := np.flatnonzero(out >= limit)).size:
-        at = [a if a.size == 1 else a[outside] for a in (high, low, key)]
-        out[outside] = _feistel(out[outside], *at, rounds, forward)
-    return out.astype(np.int64)
+    low = (size + high - np.uint64(1)) // high
+    values = _feistel(values, high, low, key, rounds, forward)
+    while (outside := np.flatnonzero(values >= size)).size:
+        bases = [a if a.size == 1 else a[outside] for a in (high, low, key)]
+        values[outside] = _feistel(values[outside], *bases, rounds, forward)
+    return values.astype(np.int64)
 
 
 def _ceil_sqrt(limit: np.ndarray) -> np.ndarray:
@@ -83,11 +96,11 @@ def _ceil_sqrt(limit: np.ndarray) -> np.ndarray:
 
 
 def _feistel(
-    values: np.ndarray, high: np.ndarray, low: np.ndarray, key: np.ndarray, rounds: range, forward: bool
+    values: np.ndarray, high: np.ndarray, low: np.ndarray, key: np.ndarray, rounds: int, forward: bool
 ) -> np.ndarray:
     """Adds a keyed hash of one digit to the other, modulo its base, alternately; a bijection of [0, high * low)."""
     left, right = values // low, values % low
-    for step in rounds:
+    for step in range(rounds) if forward else reversed(range(rounds)):
         base, other = (high, right) if step % 2 == 0 else (low, left)
         hashed = _mix((other + np.uint64((step + 1) * _GOLDEN & _WORD)) ^ key)
         shift = ((hashed >> _HALF) * base) >> _HALF

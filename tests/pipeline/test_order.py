@@ -42,7 +42,7 @@ def test_permute_handles_sizes_beyond_any_corpus():
 
 def test_permute_with_a_size_and_key_for_each_position_equals_one_by_one():
     rng = np.random.default_rng(0)
-    sizes = np.concatenate([rng.integers(1, 10**9, 400), np.arange(1, 101) ** 2])
+    sizes = np.concatenate([rng.integers(1, 10**9, 300), np.arange(1, 101) ** 2, rng.integers(1, 300, 100)])
     positions = rng.integers(0, sizes)
     keys = derive_key(3, np.arange(500))
     together = permute(positions, sizes, keys)
@@ -70,15 +70,26 @@ def test_every_sample_is_equally_likely_at_every_position(size):
     assert abs(chi_square_deviation(counts)) < 5
 
 
-@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6])
 def test_every_ordering_of_a_tiny_source_is_equally_likely(size):
-    keys = 24_000
+    keys = 40_000
     rows = np.stack(
         [permute(np.full(keys, p), np.full(keys, size), derive_key(8, np.arange(keys))) for p in range(size)], axis=1
     )
     counts = np.array([(rows == ordering).all(axis=1).sum() for ordering in permutations(range(size))])
     assert counts.sum() == keys
     assert chi_square_deviation(counts) < 5
+
+
+@pytest.mark.parametrize("size", [48, 100, 256])
+def test_every_pair_of_samples_is_equally_likely_at_a_pair_of_positions(size):
+    keys = 10 * size * size
+    key = derive_key(21, np.arange(keys))
+    for one, other in ((0, 1), (3, size // 2), (size - 1, 0)):
+        pair = permute(np.full(keys, one), size, key) * size + permute(np.full(keys, other), size, key)
+        counts = np.bincount(pair, minlength=size * size).reshape(size, size)
+        assert not np.diag(counts).any(), "two positions got the same sample"
+        assert abs(chi_square_deviation(counts[~np.eye(size, dtype=bool)])) < 5
 
 
 def test_neighbours_are_separated_evenly():
@@ -188,3 +199,16 @@ def test_weights_become_integers_without_losing_a_source():
     large = integer_weights([3 * 10**12 + 1, 10**12])
     assert sum(large) < 2**31
     assert large[0] / large[1] == pytest.approx(3, rel=1e-8)
+
+
+def test_the_order_is_the_same_in_every_version():
+    """A run that is resumed by a later version must go on in the same order: these numbers may never change."""
+    assert derive_key(1, 2, 3).tolist() == [15020427595393229491]
+    assert permute(np.arange(10), 10, derive_key(7)).tolist() == [5, 4, 0, 7, 8, 2, 9, 6, 1, 3]
+    large = permute(np.arange(5), 1_000_000, derive_key(7))
+    assert large.tolist() == [251040, 980830, 623928, 728748, 829086]
+    blocks = block_permute(np.arange(6), 1000, derive_key(7), 4)
+    assert blocks.tolist() == [67, 36, 608, 998, 999, 852]
+    source, ordinal = Mixture.of([5, 3, 1]).locate(np.arange(9))
+    assert source.tolist() == [0, 1, 0, 1, 0, 2, 0, 1, 0]
+    assert ordinal.tolist() == [0, 0, 1, 1, 2, 0, 3, 2, 4]
