@@ -22,7 +22,7 @@ demo: setup
 	    --source jsonl:$(RUNS)/samples/leads-en.jsonl \
 	    --validation 0.02 --out $(RUNS)/demo/corpus
 	minilm inspect $(RUNS)/demo/corpus
-	deepspeed --num_gpus 2 launch/distill.sh --recipe demo --stop-at 200
+	deepspeed --num_gpus 2 launch/distill.sh --recipe demo --stop-at 150
 	deepspeed --num_gpus 2 launch/distill.sh --recipe demo
 	minilm export $(RUNS)/demo/run
 	minilm evaluate $(RUNS)/demo/run --probe $(RUNS)/samples/leads-en.jsonl

@@ -120,6 +120,7 @@ def _distill_rank(recipe, ds_config, resume, stop_at, overrides, local_rank, num
 def _quiet_libraries() -> None:
     """Keep the libraries' own bars and start-up notes off the terminal; their warnings and errors stay."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
@@ -160,7 +161,7 @@ def export(run: Path, step: int | None, out: Path | None) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--step", type=click.IntRange(min=1), help="Of the checkpoint; the newest whole one by default.")
 @click.option("--probe", type=click.Path(path_type=Path), help="Labelled texts, JSONL: `text`, `topic` or `label`.")
-@click.option("--texts", type=click.IntRange(min=4), default=2000, show_default=True, help="Labelled texts to take.")
+@click.option("--texts", type=click.IntRange(min=4), default=1200, show_default=True, help="Labelled texts to take.")
 def evaluate(run: Path, step: int | None, probe: Path | None, texts: int) -> None:
     """Score a run's student against its teacher and against the student it started as.
 

@@ -189,7 +189,8 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         import_deepspeed()
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        quiet = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             warnings.simplefilter("ignore")
             master = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
             weights.update({name: tensor.clone() for name, tensor in master.items()})

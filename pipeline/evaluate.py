@@ -56,7 +56,7 @@ class Scores:
     probe_texts: int = 0
 
 
-def evaluate(run: FinishedRun, *, probe: Path | None, texts: int = 2000, seq_tokens: int = 64, seed: int = 1) -> Scores:
+def evaluate(run: FinishedRun, *, probe: Path | None, texts: int = 1200, seq_tokens: int = 64, seed: int = 1) -> Scores:
     """Score the exported student of a run (exporting it first if needed), and write the scores into its folder.
 
     Args:

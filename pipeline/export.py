@@ -163,7 +163,8 @@ distillation) by minilmv2-deepspeed. Fine-tune it as any encoder of its architec
 {rows}
 
 The loss reaches the queries, keys and values of the last layer. What stands behind them in that layer (its attention
-output and feed-forward: {tail}) was not trained and expects fine-tuning. There is no pooler: classes that want one say that they make a new one.
+output and feed-forward: {tail}) was not trained and expects fine-tuning. There is no
+pooler; a class that wants one says that it makes a new one.
 {scores}
 ## Use
 

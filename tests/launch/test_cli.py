@@ -1,0 +1,81 @@
+"""The command `minilm` as a user types it, its mistakes included."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from launch import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = sorted(cli.minilm.commands)
+
+
+def minilm(*arguments, cwd=None):
+    code = "from launch.cli import main; main()"
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+
+
+def refused(process, *words):
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert "Traceback" not in process.stderr
+    for word in words:
+        assert word in process.stderr, process.stderr
+
+
+def test_commands():
+    assert {"samples", "prepare", "inspect", "distill", "export", "evaluate"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command):
+    result = CliRunner().invoke(cli.minilm, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Example" in result.output and f"minilm {command}" in result.output
+
+
+def test_help_is_fast():
+    """Nothing heavy is imported before it is needed."""
+    code = (
+        "import sys, launch.cli; print(sorted({'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout == "[]\n"
+
+
+def test_distill_refuses_before_anything_is_launched(small_run, samples, corpus_folder, tmp_path):
+    """One process for many mistakes would be quicker, but each must be a clean exit of its own."""
+    base = ["distill", "--recipe", "demo", *small_run, f"run.output={tmp_path / 'run'}"]
+    refused(minilm(*base, "relations.heads=40"), "does not divide the teacher's hidden size 384")
+    refused(minilm(*base, f"data.corpus={tmp_path / 'nothing'}"), "is not a prepared corpus")
+    refused(minilm(*base, f"teacher.model={tmp_path / 'nothing'}"), str(tmp_path / "nothing"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_corpus_of_another_tokenizer_is_refused(small_run, samples, corpus_folder, tmp_path):
+    teacher = shutil.copytree(samples.teacher, tmp_path / "teacher")
+    text = (teacher / "tokenizer.json").read_text()
+    (teacher / "tokenizer.json").write_text(text.replace('"lowercase":true', '"lowercase":false', 1))
+    assert (teacher / "tokenizer.json").read_text() != text
+    base = ["distill", "--recipe", "demo", *small_run, f"run.output={tmp_path / 'run'}"]
+    refused(minilm(*base, f"teacher.model={teacher}"), "was made with another tokenizer", "minilm prepare --tokenizer")
+
+
+def test_inspect_shows_corpora_and_runs(runs, corpus_folder, tmp_path):
+    corpus = minilm("inspect", corpus_folder)
+    assert corpus.returncode == 0 and "leads" in corpus.stdout and "validation" in corpus.stdout
+    run = minilm("inspect", runs.unbroken)
+    assert run.returncode == 0 and "step-00000006" in run.stdout and "whole" in run.stdout
+    refused(minilm("inspect", tmp_path), "neither a corpus")
+
+
+def test_export_and_evaluate_name_what_is_missing(runs, tmp_path):
+    refused(minilm("export", tmp_path), "is not the folder of a run")
+    refused(minilm("export", runs.unbroken, "--step", "4"), "cannot resume from step 4")
+    refused(minilm("evaluate", runs.unbroken, "--probe", tmp_path / "none.jsonl"), "there is no probe file")
+    refused(minilm("export"), "Missing argument")
+    refused(minilm("exprot"), "No such command")

@@ -1,0 +1,65 @@
+"""The launch script in each way that people start it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "distill.sh"
+BIN = Path(sys.executable).parent
+
+
+def start(command, cwd, **environment):
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    env |= {"PATH": f"{BIN}{os.pathsep}{env['PATH']}", **environment}
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
+
+
+def test_the_shell_accepts_it():
+    assert subprocess.run(["bash", "-n", SCRIPT], capture_output=True, text=True).stderr == ""
+
+
+def test_python_accepts_it():
+    compile(SCRIPT.read_text(), str(SCRIPT), "exec")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["deepspeed", "{script}", "--recipe", "no such recipe"],
+        ["bash", "{script}", "--num_gpus", "2", "--recipe", "no such recipe"],
+        ["torchrun", "--standalone", "--nproc-per-node=2", "{script}", "--recipe", "no such recipe"],
+    ],
+    ids=["deepspeed", "bash", "torchrun"],
+)
+def test_every_way_of_starting_reaches_python_with_its_arguments(command, tmp_path):
+    """From a foreign folder and through a symbolic link with a space in its name; the spaces of arguments survive."""
+    link = tmp_path / "a link.sh"
+    link.symlink_to(SCRIPT)
+    process = start([word.format(script=link) for word in command], cwd=tmp_path)
+    assert "there is no recipe 'no such recipe'" in process.stderr
+    assert process.stderr.count("distill: error") == 1
+    if command[0] != "torchrun":  # torchrun turns every failure into 1
+        assert process.returncode == 2
+
+
+def test_launcher_options_behind_the_script_are_explained(tmp_path):
+    process = start(["python3", SCRIPT, "--recipe", "demo", "--num_gpus", "2"], cwd=tmp_path)
+    assert process.returncode == 2 and "--num_gpus belongs to the launcher" in process.stderr
+
+
+def test_bash_runs_one_rank_to_the_end(small_run, tmp_path):
+    overrides = [*small_run, f"run.output={tmp_path / 'run'}", "optimizer.steps=1", "optimizer.warmup_steps=0"]
+    process = start(["bash", SCRIPT, "--recipe", "demo", *overrides], cwd=tmp_path)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "done: 1 steps, 8 samples" in process.stdout
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing():
+    process = subprocess.run(["shellcheck", SCRIPT], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout

@@ -1,0 +1,99 @@
+import dataclasses
+
+import pytest
+
+from data_prep.errors import UserError
+from pipeline import config
+from pipeline.config import Recipe, check_against_teacher, differences, load_recipe, shipped_recipes, write_recipe
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_load_and_survive_writing(name, tmp_path):
+    recipe = load_recipe(name)
+    write_recipe(recipe, tmp_path / "recipe.toml")
+    assert load_recipe(str(tmp_path / "recipe.toml")) == recipe
+
+
+def test_overrides_take_toml_values_and_plain_words(tmp_path):
+    overrides = ["optimizer.peak_lr=3e-4", "run.output=/data/a b", "relations.pairs.qk=0.5", "student.shape=6x384"]
+    recipe = load_recipe("demo", overrides)
+    assert recipe.optimizer.peak_lr == 3e-4
+    assert recipe.run.output == "/data/a b"
+    assert recipe.relations.pairs["qk"] == 0.5 and recipe.relations.pairs["qq"] == 1.0
+    assert recipe.student.shape == "6x384"
+
+
+def test_strings_are_filled_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("SCRATCH_FOLDER", "/scratch")
+    assert load_recipe("demo", ["run.output=${SCRATCH_FOLDER}/run"]).run.output == "/scratch/run"
+    monkeypatch.setenv("MINILM_HOME", str(tmp_path))
+    assert load_recipe("demo").data.corpus == f"{tmp_path}/demo/corpus"
+    with pytest.raises(UserError, match="NO_SUCH_NAME"):
+        load_recipe("demo", ["run.output=${NO_SUCH_NAME}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.peak_learning_rate=1", "optimizer.peak_learning_rate: there is no such key"),
+        ("optimiser.peak_lr=1", "optimiser: there is no such key"),
+        ("optimizer.steps=many", "optimizer.steps: .*integer.*'many'"),
+        ("optimizer.steps=1.5", "optimizer.steps: .*integer"),
+        ("optimizer.steps=0", "optimizer.steps: .*greater than 0"),
+        ("student.shape=tiny", "student.shape: "),
+        ("relations.pairs.qx=1.0", "relations.pairs.qx"),
+        ("student.dropout=1.0", "student.dropout: .*less than 1"),
+        ("optimizer.schedule=constant", "optimizer.schedule: .*'linear' or 'cosine'"),
+        ("peak_lr=1", "is not section.key=value"),
+        ("optimizer.peak_lr", "is not section.key=value"),
+    ],
+)
+def test_bad_values_are_named(override, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe("demo", [override])
+
+
+def test_missing_key_and_missing_file_are_named(tmp_path):
+    text = (config.RECIPES / "demo.toml").read_text().replace("layer = 6", "")
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(UserError, match="teacher.layer: is missing"):
+        load_recipe(str(tmp_path / "mine.toml"))
+    with pytest.raises(UserError, match="no recipe 'demmo': .*demo"):
+        load_recipe("demmo")
+    (tmp_path / "broken.toml").write_text("[run\n")
+    with pytest.raises(UserError, match="is not a TOML file"):
+        load_recipe(str(tmp_path / "broken.toml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("relations.heads=40", "does not divide the teacher's hidden size 384"),
+        ("student.shape=3x180", "does not divide the student's hidden size 180"),
+        ("student.heads=7", "student.heads = 7"),
+        ("teacher.layer=7", "has layers 1 to 6"),
+        ("data.seq_tokens=1024", "the teacher has 512 positions"),
+        ("optimizer.warmup_steps=100000", "exceeds optimizer.steps"),
+    ],
+)
+def test_what_the_teacher_makes_impossible_is_refused(override, message):
+    sizes = dict(layers=6, hidden=384, positions=512)
+    check_against_teacher(load_recipe("demo"), **sizes)
+    with pytest.raises(UserError, match=message):
+        check_against_teacher(load_recipe("demo", [override]), **sizes)
+
+
+def test_only_what_decides_the_weights_counts_as_another_recipe():
+    recipe = load_recipe("demo")
+    same = load_recipe("demo", ["run.output=/elsewhere", "checkpoint.every_steps=7", "logging.every_steps=3"])
+    other = load_recipe("demo", ["optimizer.peak_lr=0.5"])
+    assert same.fingerprint() == recipe.fingerprint() != other.fingerprint()
+    assert differences(other.learned(), recipe.learned()) == [
+        f"optimizer.peak_lr: 0.5 here, {recipe.optimizer.peak_lr} there"
+    ]
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_recipe("demo").optimizer.steps = 3
+    assert isinstance(load_recipe("demo"), Recipe)
