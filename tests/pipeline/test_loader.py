@@ -1,14 +1,19 @@
 """Batches from real shards: contents, resume on any number of ranks, mixtures, refusals."""
 
 import itertools
+import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_prep.errors import UserError
+from data_prep.prepare import PrepareRequest, prepare
 from data_prep.shards import Corpus, Manifest, ShardWriter
+from data_prep.sources import Source
+from data_prep.tokenizer import Tokenizer
 from pipeline.loader import DataOptions, Loader, SampleSet, validation_batches
 
 CLS, SEP, PAD = 1, 2, 0
@@ -326,3 +331,63 @@ def test_waiting_is_measured_and_the_loader_can_be_closed_and_iterated_again(cor
     assert loader.data_wait_seconds > 0
     again = take(loader, 3)
     assert [b.samples.tolist() for b in first] == [b.samples.tolist() for b in again] == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("changes", [{}, {"shift_windows": True}, {"packing": "none"}, {"attention": "document"}])
+def test_a_slow_disk_changes_no_token(corpus, changes, monkeypatch):
+    """Rows that do not come from memory are announced to the disk and read in its order; the batches stay the same."""
+    sample_set = SampleSet(corpus, options(**changes))
+    places = sample_set.locate(np.arange(40, 40 + sample_set.sizes.sum()))
+    from_memory = sample_set.read(places)
+    monkeypatch.setattr("pipeline.reader._CACHED_ROW_SECONDS", 0.0)
+    announced: list[int] = []
+    announce = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda *span: (announced.append(span[1]), announce(*span)))
+    sample_set.read(places)
+    from_disk = sample_set.read(places)
+    assert len(announced) == len(places.samples)
+    for name, value in vars(from_memory).items():
+        assert (value is None) == (getattr(from_disk, name) is None)
+        assert value is None or np.array_equal(value, getattr(from_disk, name))
+
+
+def test_a_consumer_that_computes_does_not_wait_for_data(corpus):
+    loader = Loader(corpus, options(), global_batch_samples=8, micro_batch_samples=8, prefetch_batches=8)
+    batches = iter(loader)
+    next(batches)
+    began, waited = time.perf_counter(), loader.data_wait_seconds
+    for _ in range(100):
+        time.sleep(0.005)
+        next(batches)
+    assert loader.data_wait_seconds - waited < 0.2 * (time.perf_counter() - began)
+    loader.close()
+
+
+def test_a_slow_source_of_batches_shows_as_waiting(corpus, monkeypatch):
+    loader = Loader(corpus, options(), global_batch_samples=256, micro_batch_samples=128)
+    read = loader.sample_set.read_batches
+    monkeypatch.setattr(loader.sample_set, "read_batches", lambda *a: (time.sleep(0.05), read(*a))[1])
+    take(loader, 6)
+    assert loader.data_wait_seconds > 0.05
+
+
+def test_micro_batches_larger_than_a_reading_task(corpus):
+    loader = Loader(corpus, options(), global_batch_samples=6000, micro_batch_samples=3000, samples_seen=600)
+    samples = np.concatenate([b.samples for b in take(loader, 5)])
+    assert samples.tolist() == list(range(600, 15_600))
+
+
+def test_windows_of_a_real_corpus_join_to_its_text(samples, tmp_path):
+    source = Source.parse(f"jsonl:{samples.leads('en')}")
+    request = PrepareRequest(tokenizer=str(samples.teacher), sources=(source,), limit_documents=200)
+    corpus = prepare(request, tmp_path / "corpus", workers=1, show_progress=False)
+    tokenizer = Tokenizer.load(samples.teacher)
+    sample_set = SampleSet(corpus, options(seq_tokens=128))
+    places = sample_set.locate(np.arange(int(sample_set.sizes.sum())))
+    rows = sample_set.read(places).input_ids.numpy()
+    assert (rows[:, 0] == tokenizer.cls_id).all() and (rows[:, -1] == tokenizer.sep_id).all()
+    stream = np.concatenate(rows[np.lexsort((places.index, places.shard)), 1:-1])
+    texts = [json.loads(line)["text"] for line in samples.leads("en").read_text().splitlines()[:200]]
+    expected = np.concatenate([np.append(ids, tokenizer.sep_id) for ids in tokenizer.encode_batch(texts)])
+    assert 0 <= len(expected) - len(stream) < 126
+    assert np.array_equal(stream, expected[: len(stream)])
