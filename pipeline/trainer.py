@@ -105,7 +105,7 @@ class Distillation:
         if self.rank == 0:
             self._describe_run(student, ds_config)
         self.student = engine.start_student(student, recipe.optimizer, ds_config)
-        self.step = 0
+        self.step, self.lr = 0, 0.0
         if record is not None:
             checkpoint.load(self.student, self.output / "checkpoints", record)
             self.step = record.step
@@ -222,6 +222,7 @@ class Distillation:
         """One optimizer step; the loss and its parts, means over this rank's micro-batches, on the device."""
         torch.manual_seed(step_seed(self.recipe.run.seed, self.step, self.rank))
         sums: dict[str, torch.Tensor] = {}
+        self.lr = self.student.get_lr()[0]
         for _ in range(self.accumulation_steps):
             with self.timer.phase("data_wait"):
                 batch = next(batches)
@@ -266,7 +267,7 @@ class Distillation:
         values = dict(
             loss=loss,
             per_pair=pairs,
-            lr=self.student.get_lr()[0],
+            lr=self.lr,
             gradient_norm=float(self.student.get_global_grad_norm() or 0.0),
             samples_seen=self.samples_seen,
             tokens_per_second=tokens / seconds,

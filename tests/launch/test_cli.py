@@ -1,5 +1,6 @@
 """The command `minilm` as a user types it, its mistakes included."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -58,9 +59,10 @@ def test_distill_refuses_before_anything_is_launched(small_run, samples, corpus_
 
 def test_corpus_of_another_tokenizer_is_refused(small_run, samples, corpus_folder, tmp_path):
     teacher = shutil.copytree(samples.teacher, tmp_path / "teacher")
-    text = (teacher / "tokenizer.json").read_text()
-    (teacher / "tokenizer.json").write_text(text.replace('"lowercase":true', '"lowercase":false', 1))
-    assert (teacher / "tokenizer.json").read_text() != text
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # a cased model of the same vocabulary
+        text = (teacher / name).read_text()
+        (teacher / name).write_text(re.sub(r'(lower_?case":\s*)true', r"\1false", text))
+        assert (teacher / name).read_text() != text
     base = ["distill", "--recipe", "demo", *small_run, f"run.output={tmp_path / 'run'}"]
     refused(minilm(*base, f"teacher.model={teacher}"), "was made with another tokenizer", "minilm prepare --tokenizer")
 

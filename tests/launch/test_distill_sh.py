@@ -1,7 +1,6 @@
 """The launch script in each way that people start it."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +58,6 @@ def test_bash_runs_one_rank_to_the_end(small_run, tmp_path):
     assert "done: 1 steps, 8 samples" in process.stdout
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing():
-    process = subprocess.run(["shellcheck", SCRIPT], capture_output=True, text=True)
+    process = subprocess.run([BIN / "shellcheck", SCRIPT], capture_output=True, text=True)
     assert process.returncode == 0, process.stdout
