@@ -18,8 +18,9 @@ Shapes: B rows, S positions, H hidden, A relation heads, d = H / A, n real posit
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,16 +86,14 @@ def relation_loss(
         real = document_ids >= 0
         mask = real if mask is None else mask & real
     if implementation == "auto":
-        implementation = _best_implementation(student.query)
+        implementation = _best_implementation(teacher, student)
     if implementation == "reference":
         losses = _reference(teacher, student, heads, pairs, mask, document_ids)
         total = sum(weight * losses[i] for i, weight in enumerate(pairs.values()))
-    elif implementation == "chunked":
-        total, losses = _Chunked.apply(teacher, heads, pairs, mask, document_ids, _wants_gradient(student), *student)
-    elif implementation == "triton":
-        from pipeline.relation_kernel import fused_relation_loss
-
-        total, losses = fused_relation_loss(teacher, student, heads, pairs, mask, document_ids)
+    elif implementation in ("chunked", "triton"):
+        total, losses = _GradientInForward.apply(
+            _fused(implementation), teacher, heads, pairs, mask, document_ids, _wants_gradient(student), *student
+        )
     else:
         raise UserError(f"unknown implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
     return RelationLoss(total=total, per_pair=dict(zip(pairs, losses.detach().unbind(), strict=True)))
@@ -119,13 +118,21 @@ def _check(teacher: QKV, student: QKV, heads: int, pairs: Mapping[str, float], m
             raise ValueError(f"teacher has [batch, positions] {tuple(positions)}, {name} has {tuple(shape)}")
 
 
-def _best_implementation(x: Tensor) -> str:
-    if x.device.type == "cuda":
-        from pipeline.relation_kernel import is_available
+def _best_implementation(teacher: QKV, student: QKV) -> str:
+    if student.query.device.type != "cuda" or _compute_dtype(*teacher, *student) == torch.float64:
+        return "chunked"
+    return "triton" if importlib.util.find_spec("triton") else "chunked"
 
-        if is_available():
-            return "triton"
-    return "chunked"
+
+def _fused(implementation: str) -> Callable[..., Tensor]:
+    """The function behind an implementation that computes losses and gradients together."""
+    if implementation == "chunked":
+        return _chunked_losses
+    try:
+        from pipeline.relation_kernel import kernel_losses
+    except ModuleNotFoundError as error:
+        raise UserError("implementation 'triton' needs the package triton; 'auto' does without it") from error
+    return kernel_losses
 
 
 def _wants_gradient(student: QKV) -> bool:
@@ -178,14 +185,14 @@ def _reference(teacher: QKV, student: QKV, heads: int, pairs, mask: Tensor | Non
 # --- chunked: a block of the matrices at a time, gradient in the forward pass --------------------------------------
 
 
-class _Chunked(torch.autograd.Function):
+class _GradientInForward(torch.autograd.Function):
     """Loss and gradient together: dKL/dscores = p_student - p_teacher needs nothing that comes after the loss."""
 
     @staticmethod
-    def forward(ctx, teacher: QKV, heads: int, pairs, mask, documents, wants_gradient: bool, *student: Tensor):
+    def forward(ctx, compute, teacher: QKV, heads: int, pairs, mask, documents, wants_gradient: bool, *student: Tensor):
         dtype = _compute_dtype(*teacher, *student)
         grads = tuple(torch.zeros_like(x, dtype=dtype) for x in student) if wants_gradient else ()
-        losses = _chunked_losses(QKV(*teacher), QKV(*student), grads, heads, pairs, mask, documents, dtype)
+        losses = compute(QKV(*teacher), QKV(*student), grads, heads, pairs, mask, documents)
         total = losses @ losses.new_tensor(list(pairs.values()))
         ctx.save_for_backward(*grads)
         ctx.dtypes = [x.dtype for x in student]
@@ -195,11 +202,12 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total: Tensor, _: Any):
+        needed = ctx.needs_input_grad[-3:]
         grads = (
-            (grad_total * g).to(dtype) if needed else None
-            for g, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[6:], strict=True)
+            (grad_total * grad).to(dtype) if wanted else None
+            for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, needed, strict=True)
         )
-        return None, None, None, None, None, None, *grads
+        return (None,) * 7 + tuple(grads)
 
 
 def _documents(mask: Tensor | None, documents: Tensor | None, b: int, s: int, device) -> Iterator[tuple[Tensor, float]]:
@@ -220,10 +228,10 @@ def _documents(mask: Tensor | None, documents: Tensor | None, b: int, s: int, de
         yield positions, 1.0 / real[int(positions[0]) // s]
 
 
-def _chunked_losses(teacher: QKV, student: QKV, grads, heads: int, pairs, mask, documents, dtype) -> Tensor:
+def _chunked_losses(teacher: QKV, student: QKV, grads, heads: int, pairs, mask, documents) -> Tensor:
     """Loss of each pair, [pairs]; adds the gradient of the weighted total into `grads`, each [B, S, H]."""
     b, s = student.query.shape[:2]
-    device = student.query.device
+    device, dtype = student.query.device, _compute_dtype(*teacher, *student)
     losses = torch.zeros(len(pairs), dtype=dtype, device=device)
     for positions, per_position in _documents(mask, documents, b, s, device):
 
