@@ -28,13 +28,19 @@ def stream_end(unit: Unit, work: Path) -> Path:
     return work / "parts" / unit.source.name / f"{unit.number:06d}.end"
 
 
-def unread_blocks(unit: Unit, work: Path, block_bytes: int) -> Iterator[tuple[int, Block]]:
-    """Blocks of a streamed unit that have no part yet; leaves the number of blocks behind at the end."""
+def done_blocks(unit: Unit, work: Path) -> frozenset[int]:
+    """Numbers of the blocks of a streamed unit that have their part."""
+    records = (work / "parts" / unit.source.name).glob(f"{unit.number:06d}-*.json")
+    return frozenset(int(record.stem.partition("-")[2]) for record in records)
+
+
+def unread_blocks(unit: Unit, work: Path, block_bytes: int, done: frozenset[int]) -> Iterator[Block]:
+    """Blocks of a streamed unit that are not done; leaves the number of blocks behind at the end."""
     count = 0
     for number, block in enumerate(sources.blocks(unit, block_bytes)):
         count += 1
-        if not units.part_of(unit, number, work).is_done:
-            yield number, block
+        if number not in done:
+            yield block
     parts.publish(stream_end(unit, work), [str(count).encode()])
 
 
@@ -124,7 +130,10 @@ class Assembly:
                     unit = next(todo, None)
                 if unit is None:
                     break
-                for number, block in self._engine.blocks(unit, self._work, self._block_bytes):
+                done = done_blocks(unit, self._work)
+                numbers = (number for number in itertools.count() if number not in done)
+                for block in self._engine.blocks(unit, self._work, self._block_bytes, done):
+                    number = next(numbers)
                     if self._stopped.is_set() or self._state(unit).is_assembled:
                         break
                     self._put(items, (unit, number, block))
@@ -147,8 +156,7 @@ class Assembly:
         """Whether nothing is left to do for a unit."""
         if unit.streamed:
             end = stream_end(unit, self._work)
-            blocks = int(end.read_text()) if end.exists() else -1
-            done = blocks >= 0 and all(units.part_of(unit, number, self._work).is_done for number in range(blocks))
+            done = end.exists() and len(done_blocks(unit, self._work)) == int(end.read_text())
         else:
             done = units.part_of(unit, 0, self._work).is_done
         if done:
@@ -177,7 +185,7 @@ class Assembly:
             if isinstance(what, ShardJob):
                 self._shard_done(what, result)
             else:
-                self._progress.add(what.input_bytes if not what.streamed else result.pop("input_bytes", 0), result)
+                self._progress.add(result)
                 self._advance(self._state(what))
 
     def _advance(self, state: _SourceState) -> None:

@@ -7,6 +7,7 @@ records.
 """
 
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
@@ -15,6 +16,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, NamedTuple
+
+from data_prep.errors import UserError
 
 READ_BYTES = 1 << 20
 COMPRESSED_SUFFIXES = (".bz2", ".gz", ".xz", ".zst")
@@ -49,7 +52,10 @@ class Block:
     path: str
     offset_bytes: int
     data: bytes
-    torn: str = ""  # why the file could not be read to its end after this block
+    torn: str = ""
+    """Why the file could not be read to its end after this block."""
+    input_bytes: int = 0
+    """Bytes read from the disk for it."""
 
 
 @dataclass(frozen=True)
@@ -65,25 +71,34 @@ def is_compressed(path: str) -> bool:
     return path.endswith(COMPRESSED_SUFFIXES)
 
 
-def open_binary(path: str) -> IO[bytes]:
-    """Opens a file for reading its decompressed bytes."""
-    if path.endswith(".bz2"):
-        return bz2.open(path)
-    if path.endswith(".gz"):
-        return gzip.open(path)
-    if path.endswith(".xz"):
-        return lzma.open(path)
-    if path.endswith(".zst"):
-        import zstandard
+@contextlib.contextmanager
+def open_binary(path: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Opens a file for reading its decompressed bytes: that stream, and the one below it."""
+    with open(path, "rb") as raw:
+        if path.endswith(".bz2"):
+            yield bz2.open(raw), raw
+        elif path.endswith(".gz"):
+            yield gzip.open(raw), raw
+        elif path.endswith(".xz"):
+            yield lzma.open(raw), raw
+        elif path.endswith(".zst"):
+            yield _open_zstandard(raw), raw
+        else:
+            yield raw, raw
 
-        return zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True, closefd=True)
-    return open(path, "rb")
+
+def _open_zstandard(raw: IO[bytes]) -> IO[bytes]:
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"{raw.name}: reading .zst needs the package zstandard: `pip install zstandard`.") from None
+    return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
 
 
 def line_at(path: str, offset_bytes: int) -> int:
     """The number (from 1) of the line at an offset of the decompressed file; reads the file up to there."""
     line, left = 1, offset_bytes
-    with open_binary(path) as file:
+    with open_binary(path) as (file, _):
         while left > 0 and (data := file.read(min(left, READ_BYTES))):
             line += data.count(b"\n")
             left -= len(data)
@@ -128,9 +143,11 @@ def _decompressed(file: IO[bytes], size: int) -> tuple[bytes, str]:
     return b"".join(parts), ""
 
 
-def stream_blocks(file: IO[bytes], path: str, delimiter: bytes, block_bytes: int, offset: int = 0) -> Iterator[Block]:
+def stream_blocks(
+    file: IO[bytes], path: str, delimiter: bytes, block_bytes: int, offset: int = 0, raw: IO[bytes] | None = None
+) -> Iterator[Block]:
     """Cuts a stream after the last delimiter of every `block_bytes`; a longer record makes a longer block."""
-    rest = bytearray()
+    rest, position = bytearray(), 0
     while True:
         data, torn = _decompressed(file, block_bytes)
         searched = max(0, len(rest) - len(delimiter))
@@ -139,12 +156,13 @@ def stream_blocks(file: IO[bytes], path: str, delimiter: bytes, block_bytes: int
             if torn or rest:
                 # what follows the last delimiter of a torn file is half a record
                 cut = rest.rfind(delimiter) + len(delimiter) if torn and delimiter in rest else 0 if torn else len(rest)
-                yield Block(path, offset, bytes(rest[:cut]), torn)
+                yield Block(path, offset, bytes(rest[:cut]), torn, raw.tell() - position if raw else 0)
             return
         cut = rest.rfind(delimiter, searched)
         if cut >= 0:
             cut += len(delimiter)
-            yield Block(path, offset, bytes(rest[:cut]))
+            read, position = raw.tell() - position if raw else 0, raw.tell() if raw else 0
+            yield Block(path, offset, bytes(rest[:cut]), input_bytes=read)
             offset += cut
             del rest[:cut]
 
@@ -195,8 +213,8 @@ def span_blocks(span: Span, delimiter: bytes, block_bytes: int) -> Iterator[Bloc
             if start < stop:
                 yield from stream_blocks(_Range(file, start, stop), span.path, delimiter, block_bytes, start)
     elif (span.start, span.stop) == (0, size):
-        with open_binary(span.path) as file:
-            yield from stream_blocks(file, span.path, delimiter, block_bytes)
+        with open_binary(span.path) as (file, raw):
+            yield from stream_blocks(file, span.path, delimiter, block_bytes, raw=raw)
     else:
         with open(span.path, "rb") as raw, bz2.open(_Range(raw, span.start, span.stop)) as file:
             yield from stream_blocks(file, span.path, delimiter, block_bytes, span.start)

@@ -13,7 +13,6 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 
@@ -22,58 +21,14 @@ from data_prep.assembly import Assembly, unread_blocks
 from data_prep.errors import UserError
 from data_prep.formats import Block
 from data_prep.progress import Progress
+from data_prep.request import PrepareRequest
 from data_prep.shards import FORMAT_VERSION, Corpus, Manifest, token_dtype
-from data_prep.sources import Source, Unit
+from data_prep.sources import Source
 from data_prep.tokenizer import Tokenizer
 from data_prep.units import UnitOptions
 
 WORK_FOLDER = ".work"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareRequest:
-    """What decides the bytes of a corpus, and nothing else."""
-
-    tokenizer: str
-    sources: tuple[Source, ...]
-    validation_fraction: float = 0.0
-    """Share of documents held out; a hash of the text decides which."""
-    min_tokens: int = 1
-    """Shorter documents are dropped."""
-    limit_documents: int | None = None
-    """At most so many documents of each source, the first ones."""
-    shard_bytes: int = 1 << 30
-    on_bad_record: str = "stop"
-    """"stop" or "skip" (and count)."""
-    unit_bytes: int = 32 << 20
-    """Text in a piece of work, about."""
-
-    def check(self) -> None:
-        """Raises UserError for values out of range."""
-        if not self.sources:
-            raise UserError("no source given. Name at least one, as in `--source wikipedia:dump.xml.bz2`.")
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"validation fraction {self.validation_fraction}: expected at least 0 and less than 1.")
-        if self.on_bad_record not in ("stop", "skip"):
-            raise UserError(f"on_bad_record {self.on_bad_record!r}: expected stop or skip.")
-        for name in ("min_tokens", "shard_bytes", "unit_bytes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: expected at least 1.")
-        if self.limit_documents is not None and self.limit_documents < 1:
-            raise UserError(f"limit of {self.limit_documents} documents: expected at least 1.")
-
-    def as_dict(self) -> dict:
-        """The request as the manifest keeps it."""
-        return {
-            "tokenizer": self.tokenizer,
-            "sources": [source.as_dict() for source in self.sources],
-            "validation_fraction": self.validation_fraction,
-            "min_tokens": self.min_tokens,
-            "limit_documents": self.limit_documents,
-            "shard_bytes": self.shard_bytes,
-            "on_bad_record": self.on_bad_record,
-            "unit_bytes": self.unit_bytes,
-        }
+RAY_RETRIES = 5
 
 
 def prepare(
@@ -99,8 +54,9 @@ def prepare(
         UserError: a bad request, source or record, a full disk, a dead worker, a foreign folder.
     """
     request.check()
-    out, work = Path(out), Path(out) / WORK_FOLDER
-    tokenizer = Tokenizer.load(request.tokenizer)
+    out = Path(out).absolute()
+    work = out / WORK_FOLDER
+    tokenizer = Tokenizer.load(request.tokenizer, encoder=request.encoder)
     state = {
         "format_version": FORMAT_VERSION,
         "tokenizer": {
@@ -109,6 +65,7 @@ def prepare(
             "cls_id": tokenizer.cls_id,
             "sep_id": tokenizer.sep_id,
             "pad_id": tokenizer.pad_id,
+            "encoder": tokenizer.encoder.versions,
         },
         "request": request.as_dict(),
     }
@@ -201,13 +158,15 @@ def _remove_partial_files(out: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-# Engines: `submit` runs a function somewhere, `blocks` reads a compressed stream somewhere, `slots` is how many run at
+# Engines. `submit` runs a function somewhere, `blocks` reads a compressed stream somewhere, `slots` is how many run at
 # once.
 
 
 def _open_engine(name: str, workers: int | None, ray_address: str | None):
     if workers is not None and workers < 1:
         raise UserError(f"{workers} workers: expected at least 1.")
+    if name == "ray":
+        return RayEngine(workers, ray_address)
     if name == "local":
         count = workers or len(os.sched_getaffinity(0))
         return InlineEngine() if count == 1 else LocalEngine(count)
@@ -227,17 +186,15 @@ class InlineEngine:
             future.set_exception(error)
         return future
 
-    def blocks(self, unit: Unit, work: Path, block_bytes: int) -> Iterator[tuple[int, Block]]:
-        return unread_blocks(unit, work, block_bytes)
+    def blocks(self, *arguments) -> Iterator[Block]:
+        return unread_blocks(*arguments)
 
     def close(self) -> None:
         pass
 
 
 class LocalEngine:
-    """Processes on this machine. Compressed streams are read by threads of the coordinator, which has nothing else to
-    do.
-    """
+    """Processes on this machine. Threads of the coordinator, which has little else to do, read compressed streams."""
 
     def __init__(self, workers: int):
         self.slots = workers
@@ -247,17 +204,90 @@ class LocalEngine:
     def submit(self, function: Callable, *arguments) -> Future:
         return self._pool.submit(function, *arguments)
 
-    def blocks(self, unit: Unit, work: Path, block_bytes: int) -> Iterator[tuple[int, Block]]:
-        return unread_blocks(unit, work, block_bytes)
+    def blocks(self, *arguments) -> Iterator[Block]:
+        return unread_blocks(*arguments)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker() -> None:
-    """One thread a worker, and no worker without its coordinator."""
+class RayEngine:
+    """Tasks on a Ray cluster, whose nodes share the file system of the inputs and the output.
+
+    Ray runs a task again when its worker or node dies; a task writes whole files or none, so doing it twice is
+    harmless. A compressed stream is read by a task, which hands over its blocks through Ray's object store.
+    """
+
+    def __init__(self, workers: int | None, address: str | None):
+        try:
+            import ray
+        except ImportError:
+            raise UserError("--engine ray needs Ray: `pip install minilmv2-deepspeed[ray]`.") from None
+        self._ray = ray
+        self._is_mine = not ray.is_initialized()
+        if self._is_mine:
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level="error")
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"no Ray cluster at {address!r}: {error}. Start one with `ray start --head`."
+                ) from error
+        self.slots = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        self._run = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(_run_on_ray)
+        # A reader waits most of the time for its blocks to be taken, so it does not hold a core of its own.
+        self._read = ray.remote(num_cpus=0, max_retries=RAY_RETRIES, num_returns="streaming")(_read_on_ray)
+
+    def submit(self, function: Callable, *arguments) -> Future:
+        future: Future = Future()
+
+        def finish(done: Future) -> None:
+            error = done.exception()
+            if error is None:
+                future.set_result(done.result())
+            else:
+                future.set_exception(_plain_error(error))
+
+        self._run.remote(function, *arguments).future().add_done_callback(finish)
+        return future
+
+    def blocks(self, *arguments) -> Iterator[object]:
+        """References to blocks: Ray fetches them where they are used."""
+        reader = self._read.options(_generator_backpressure_num_objects=2)
+        yield from reader.remote(*arguments)
+
+    def close(self) -> None:
+        if self._is_mine:
+            self._ray.shutdown()
+
+
+def _plain_error(error: BaseException) -> BaseException:
+    """What a task raised, without Ray's wrapping."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, UserError):
+        return cause
+    return UserError(
+        f"a task failed on the Ray cluster: {error}. Everything finished is kept: run the same command again."
+    )
+
+
+def _run_on_ray(function: Callable, *arguments):
+    _one_thread()
+    return function(*arguments)
+
+
+def _read_on_ray(*arguments) -> Iterator[Block]:
+    yield from unread_blocks(*arguments)
+
+
+def _one_thread() -> None:
+    """As many workers as cores, so one thread each."""
     os.environ["RAYON_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _start_worker() -> None:
+    """No worker outlives its coordinator."""
+    _one_thread()
 
     def watch() -> None:
         connection.wait([multiprocessing.parent_process().sentinel])

@@ -26,8 +26,9 @@ class Progress:
             self._bar.initial += input_bytes
             self._bar.update(input_bytes)
 
-    def add(self, input_bytes: int, record: dict[str, int]) -> None:
+    def add(self, record: dict[str, int]) -> None:
         """Counts one finished piece of work."""
+        input_bytes = record.get("input_bytes", 0)
         self._done += input_bytes
         self._text += record.get("text_bytes", 0)
         self._documents += record.get("documents", 0)

@@ -122,7 +122,8 @@ def expand(sources: tuple[Source, ...]) -> list[Source]:
     expanded: list[Source] = []
     for source in sources:
         if source.kind == "hub":
-            expanded.append(_named(replace(source, files=(source.path,))))
+            path = os.path.abspath(source.path) if os.path.isdir(source.path) else source.path
+            expanded.append(_named(replace(source, files=(path,))))
             continue
         by_language: dict[str, list[str]] = {}
         for path in _find_files(source):
@@ -173,7 +174,7 @@ def _find_files(source: Source) -> list[str]:
     for name in found:
         if not os.access(name, os.R_OK):
             raise UserError(f"source {source.kind}: {name} cannot be read (permission denied).")
-    return found
+    return [os.path.abspath(name) for name in found]
 
 
 def plan(source: Source, unit_bytes: int) -> Iterator[Unit]:
@@ -204,7 +205,7 @@ def _spans(source: Source, unit_bytes: int) -> Iterator[tuple[Span, int, bool]]:
             step = max(multiple, step - step % multiple)
         for start in range(0, len(table), step):
             stop = min(start + step, len(table))
-            yield Span(source.path, start, stop), (stop - start) * row_bytes, False
+            yield Span(source.files[0], start, stop), (stop - start) * row_bytes, False
         return
     for path in source.files:
         size = os.path.getsize(path)
@@ -276,7 +277,7 @@ def _rows_per_document(source: Source) -> int:
 
 
 def _whole_file(path: str) -> Iterator[Document | BadRecord]:
-    with formats.open_binary(path) as file:
+    with formats.open_binary(path) as (file, _):
         data, torn = formats.read_all(file)
     if torn:
         yield BadRecord(path, len(data), torn)
@@ -303,13 +304,12 @@ def _open_dataset(source: Source):
     import datasets
 
     try:
-        if os.path.isdir(source.path) and any(
-            os.path.exists(os.path.join(source.path, name)) for name in ("state.json", "dataset_dict.json")
-        ):
-            table = datasets.load_from_disk(source.path)
+        path = source.files[0]
+        if any(os.path.exists(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
+            table = datasets.load_from_disk(path)
             table = table[source.split] if isinstance(table, datasets.DatasetDict) else table
         else:
-            table = datasets.load_dataset(source.path, source.config or None, split=source.split)
+            table = datasets.load_dataset(path, source.config or None, split=source.split)
     except Exception as error:  # the library raises many kinds for a wrong name, no network and bad files
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

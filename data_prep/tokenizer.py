@@ -1,12 +1,26 @@
-"""The teacher's tokenizer: exact token ids, whole documents, in batches.
+"""The teacher's tokenizer: exact token ids of whole documents, fast.
 
 A tokenizer file often carries truncation and padding for its own model's use; both are removed, because a corpus holds
-whole documents and cuts its own windows. The fingerprint is taken after that, so that it names what decides the token
-ids.
+whole documents and cuts its own windows. The fingerprint is taken after that, so that it names what decides the ids.
+
+The reference is `tokenizers`, the library that runs the teacher's own file. Most documents are encoded by `tokie`, many
+times faster, behind a guard that keeps the ids those of the reference:
+
+- a code point is trusted once both have encoded it alike in several contexts; a document with any other code point goes
+  to the reference. What was tried is remembered, so this costs nothing after the first documents.
+- a sample of all documents is encoded by both; a difference stops the run and names the document.
+- a tokenizer that tokie cannot read, or reads otherwise on a page of text in many scripts, is left to the reference.
+
+Documents too long to be encoded in little memory are cut at seams: a single space or newline between two letters or
+digits, where both halves encode as they would in one piece. This is tried for the tokenizer at hand before it is used.
 """
 
+import functools
 import hashlib
+import importlib.metadata
 import json
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,25 +29,64 @@ import numpy as np
 
 from data_prep import durable
 from data_prep.errors import UserError
+from data_prep.seams import Seams, find_seams
+
+PIECE_CHARACTERS = 1 << 16
+CHECK_EVERY = 1024  # one document in so many is encoded by both
+_SEPARATOR = b"\xff"  # never occurs in UTF-8
+_CONTEXTS = ("{0}", "a{0}b", "é{0}{0}é", "中{0} {0}1")
+_UNKNOWN, _TRUSTED, _DISTRUSTED = 0, 1, 2
+_PROBES = (
+    "The quick (brown) fox, it's 3.5 metres -- nearly!\tSee https://example.org/a_b?c=d\n\n  the lazy dog's back.",
+    "À l'école, naïve façade œuvre; straße İstanbul Łódź; cafe\u0301 Việt",
+    "Москва — столица; Αθήνα τέλος",
+    "中文字符。日本語カタカナ 한국어 ไทยภาษา",
+    "مرحبا بكم שלום नमस्ते 🙂👨\u200d👩 ½ ① Ａ",
+    "[CLS] [SEP] [MASK] <s> </s> <mask>, <unk>.[PAD] ##ing ▁a " + "x" * 250 + " " + "9" * 130,
+)
 
 
 class Encoder:
-    """Texts to token ids. Knows no names of special tokens, loads in a moment, and is what workers use."""
+    """Texts to token ids. Knows no names of special tokens, loads in a moment, and is what workers use.
 
-    def __init__(self, canonical_json: str):
+    Attributes:
+        versions: the libraries that make the ids, for the manifest; "fast" is "" when tokie cannot be used.
+    """
+
+    def __init__(self, canonical_json: str, mode: str = "auto"):
+        """Args:
+        canonical_json: a tokenizer.json without truncation and padding.
+        mode: "auto", or "reference" to do without tokie.
+        """
         from tokenizers import Tokenizer as Backend
 
-        self._json = canonical_json
+        self._json, self._mode = canonical_json, mode
         self._reference = Backend.from_str(canonical_json)
+        self._fast = _load_fast(canonical_json) if mode == "auto" else None
+        self._trust = np.zeros(0x110000, dtype=np.uint8)
+        if self._fast is not None and not self._agree(_PROBES):
+            self._fast = None
+        self.versions = {
+            "reference": f"tokenizers {importlib.metadata.version('tokenizers')}",
+            "fast": f"tokie {importlib.metadata.version('tokie')}" if self._fast is not None else "",
+        }
+        if self._fast is not None:
+            self._try_code_points(np.arange(128))
+            self._doubtful_ascii = bytes(np.flatnonzero(self._trust[:128] == _DISTRUSTED).tolist())
 
     @classmethod
     def load(cls, folder: str | Path) -> "Encoder":
         """Opens what `save` wrote."""
-        return cls((Path(folder) / "encoder.json").read_text())
+        settings = json.loads((Path(folder) / "encoder.json").read_bytes())
+        return cls(settings["tokenizer"], settings["mode"])
 
     def save(self, folder: Path) -> None:
         """Writes what other processes need to encode alike."""
-        durable.write(folder / "encoder.json", self._json)
+        durable.write(folder / "encoder.json", json.dumps({"mode": self._mode, "tokenizer": self._json}))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return self._reference.decode([int(number) for number in ids], skip_special_tokens=True)
 
     def encode_flat(self, texts: Sequence[str], counts: Counter | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of all texts one after another, and the number of tokens of each text.
@@ -41,20 +94,151 @@ class Encoder:
         Args:
             texts: whole documents.
             counts: incremented by what was encoded which way.
+
+        Raises:
+            UserError: a sampled document is encoded differently by the two encoders.
         """
         counts = Counter() if counts is None else counts
-        encodings = self._reference.encode_batch_fast(list(texts), add_special_tokens=False)
-        lengths = np.array([len(encoding) for encoding in encodings], dtype=np.int64)
-        ids = np.concatenate(
-            [np.array(encoding.ids, dtype=np.int32) for encoding in encodings] or [np.zeros(0, np.int32)]
-        )
-        counts["text_bytes"] += sum(len(text.encode()) for text in texts)
-        counts["reference_encoded"] += len(texts)
+        if max(map(len, texts), default=0) <= 2 * PIECE_CHARACTERS or self._seams is None:
+            ids, lengths, trusted = self._encode_pieces(texts, counts)
+        else:
+            pieces = [self._seams.cut(text, PIECE_CHARACTERS) for text in texts]
+            ids, lengths, trusted = self._encode_pieces([piece for group in pieces for piece in group], counts)
+            starts = np.cumsum([0, *map(len, pieces)])[:-1]
+            lengths, trusted = np.add.reduceat(lengths, starts), np.logical_and.reduceat(trusted, starts)
+        counts["fast_encoded"] += int(trusted.sum())
+        counts["reference_encoded"] += int((~trusted).sum())
         return ids, lengths
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
-        return self._reference.decode([int(number) for number in ids], skip_special_tokens=True)
+    def _encode_pieces(self, texts: Sequence[str], counts: Counter) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, lengths, and which texts went the fast way."""
+        trusted = self._trusted(texts)
+        if trusted.all():
+            ids, lengths = self._encode_fast(texts)
+        elif trusted.any():
+            ids, lengths = self._merge(texts, trusted)
+        else:
+            ids, lengths = self._encode_by_reference(texts)
+        self._check_sample(texts, ids, lengths, trusted, counts)
+        return ids, lengths, trusted
+
+    def _merge(self, texts: Sequence[str], trusted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes each text its own way and lays the ids in the order of the texts."""
+        lengths = np.zeros(len(texts), dtype=np.int64)
+        sides = []
+        for chosen, encode in ((trusted, self._encode_fast), (~trusted, self._encode_by_reference)):
+            side_ids, side_lengths = encode([texts[number] for number in np.flatnonzero(chosen)])
+            lengths[chosen] = side_lengths
+            sides.append((chosen, side_ids))
+        ids = np.empty(int(lengths.sum()), dtype=np.int32)
+        for chosen, side_ids in sides:
+            ids[np.repeat(chosen, lengths)] = side_ids
+        return ids, lengths
+
+    def _encode_by_reference(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        encodings = self._reference.encode_batch_fast(list(texts), add_special_tokens=False)
+        arrays = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        lengths = np.array([len(array) for array in arrays], dtype=np.int64)
+        return np.concatenate(arrays or [np.zeros(0, dtype=np.int32)]), lengths
+
+    def _encode_fast(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """One call for all texts: through a file in memory, the only way into tokie that makes no Python lists."""
+        lengths = np.zeros(len(texts), dtype=np.int64)
+        filled = [number for number, text in enumerate(texts) if text]  # tokie passes over empty texts
+        descriptor, path = _memory_file()
+        try:
+            with os.fdopen(descriptor, "wb", closefd=False) as file:
+                file.write(_SEPARATOR.join([texts[number].encode() for number in filled]))
+            ids, bounds = self._fast.encode_files([path], separator=_SEPARATOR, add_special_tokens=False)
+        finally:
+            os.close(descriptor)
+        if len(bounds) != len(filled) + 1:
+            raise RuntimeError(f"tokie returned {len(bounds) - 1} documents for {len(filled)}")
+        lengths[filled] = np.diff(bounds.astype(np.int64))
+        return ids.astype(np.int32, copy=False), lengths
+
+    def _agree(self, texts: Sequence[str]) -> bool:
+        pairs = zip(self._encode_fast(texts), self._encode_by_reference(texts), strict=True)
+        return all(np.array_equal(fast, reference) for fast, reference in pairs)
+
+    # The guard
+
+    def _trusted(self, texts: Sequence[str]) -> np.ndarray:
+        """Which texts have trusted code points only; tries those that were never seen before."""
+        if self._fast is None:
+            return np.zeros(len(texts), dtype=bool)
+        joined = "".join(texts)
+        plain = joined.encode()
+        if len(plain.translate(None, self._doubtful_ascii)) == len(plain):
+            if joined.isascii():
+                return np.ones(len(texts), dtype=bool)
+            points = np.frombuffer(joined.encode("utf-32-le"), dtype="<u4")
+            foreign = points[points > 127]  # a small part of most texts
+            self._try_unknown(foreign)
+            if self._trust.take(foreign).max(initial=_TRUSTED) == _TRUSTED:
+                return np.ones(len(texts), dtype=bool)
+        points = np.frombuffer(joined.encode("utf-32-le"), dtype="<u4")
+        self._try_unknown(points)
+        filled = [number for number, text in enumerate(texts) if text]
+        starts = np.cumsum([0] + [len(texts[number]) for number in filled])[:-1]
+        trusted = np.ones(len(texts), dtype=bool)
+        trusted[filled] = np.maximum.reduceat(self._trust.take(points), starts) == _TRUSTED
+        return trusted
+
+    def _try_unknown(self, points: np.ndarray) -> None:
+        unknown = points[self._trust.take(points) == _UNKNOWN]
+        if len(unknown):
+            self._try_code_points(np.unique(unknown))
+
+    def _try_code_points(self, points: np.ndarray) -> None:
+        """Encodes each code point in several contexts both ways, and notes whether the ids were always the same."""
+        texts = [context.format(chr(point)) for point in points for context in _CONTEXTS]
+        fast, reference = self._encode_fast(texts), self._encode_by_reference(texts)
+        same = fast[1] == reference[1]
+        both = np.repeat(same, fast[1]), np.repeat(same, reference[1])
+        differing = fast[0][both[0]] != reference[0][both[1]]
+        owner = np.repeat(np.flatnonzero(same), fast[1][same])
+        same[owner[differing]] = False
+        alike = same.reshape(len(points), len(_CONTEXTS)).all(axis=1)
+        self._trust[points] = np.where(alike, _TRUSTED, _DISTRUSTED)
+
+    def _check_sample(self, texts, ids, lengths, trusted, counts: Counter) -> None:
+        numbers = np.flatnonzero(trusted)[::CHECK_EVERY]
+        ends = np.cumsum(lengths)
+        for number in numbers:
+            expected, _ = self._encode_by_reference([texts[number]])
+            if not np.array_equal(ids[ends[number] - lengths[number] : ends[number]], expected):
+                raise UserError(
+                    f"the fast encoder ({self.versions['fast']}) and the teacher's tokenizer disagree on a document "
+                    f"that begins {texts[number][:60]!r}. Delete what was made so far and run with --encoder reference."
+                )
+        counts["encoded_twice"] += len(numbers)
+
+    @functools.cached_property
+    def _seams(self) -> Seams | None:
+        """How long texts may be cut; None if this tokenizer must see them whole."""
+        return find_seams(json.loads(self._json), lambda texts: self._encode_by_reference(texts)[0])
+
+
+def _load_fast(canonical_json: str):
+    """tokie's reading of a tokenizer file, or None if it cannot read it."""
+    try:
+        import tokie
+    except ImportError:
+        return None
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+        file.write(canonical_json)
+        file.flush()
+        try:
+            return tokie.Tokenizer.from_json(file.name)
+        except Exception:  # whatever it cannot read, the reference can
+            return None
+
+
+def _memory_file() -> tuple[int, str]:
+    """A file in memory: descriptor and path."""
+    descriptor = os.memfd_create("texts")
+    return descriptor, f"/proc/self/fd/{descriptor}"
 
 
 class Tokenizer:
@@ -66,13 +250,14 @@ class Tokenizer:
         cls_id, sep_id, pad_id: ids of [CLS]/[SEP]/[PAD], or <s>/</s>/<pad>.
     """
 
-    def __init__(self, hub_tokenizer):
-        """Wraps a fast `transformers` tokenizer."""
+    def __init__(self, hub_tokenizer, encoder: str = "auto"):
+        """Wraps a fast `transformers` tokenizer; `encoder` is "auto", or "reference" to do without tokie."""
+        self._mode = encoder
         self._hub_tokenizer = hub_tokenizer
         settings = json.loads(hub_tokenizer.backend_tokenizer.to_str())
         settings["truncation"] = settings["padding"] = None
         canonical = json.dumps(settings, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        self.encoder = Encoder(canonical)
+        self._canonical = canonical
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
         self.vocabulary_tokens = len(hub_tokenizer)
         self.cls_id = self._special("cls", "bos")
@@ -80,7 +265,7 @@ class Tokenizer:
         self.pad_id = self._special("pad", "eos")
 
     @classmethod
-    def load(cls, source: str | Path) -> "Tokenizer":
+    def load(cls, source: str | Path, encoder: str = "auto") -> "Tokenizer":
         """Loads the tokenizer of a model folder or hub id.
 
         Raises:
@@ -98,7 +283,12 @@ class Tokenizer:
             ) from error
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"the tokenizer of {str(source)!r} has no fast version, which is needed here.")
-        return cls(tokenizer)
+        return cls(tokenizer, encoder)
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """What does the encoding; made at the first use."""
+        return Encoder(self._canonical, self._mode)
 
     def _special(self, *roles: str) -> int:
         for role in roles:

@@ -48,13 +48,14 @@ def describe(unit: Unit, block_number: int) -> str:
 
 
 def encode_unit(unit: Unit, block_number: int, block: Block | None, options: UnitOptions) -> dict[str, int]:
-    """Writes the part of one piece of work and returns its counts.
+    """Writes the part of one piece of work; returns its record, and the input bytes that it took.
 
     Raises:
         UserError: a bad record (unless they are skipped), an unreadable file, a full disk, or too little memory.
     """
     try:
-        return _encode_unit(unit, block_number, block, options)
+        record = _encode_unit(unit, block_number, block, options)
+        return {**record, "input_bytes": block.input_bytes if block else unit.input_bytes}
     except OSError as error:
         what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
         hint = "Free some space" if error.errno == 28 else "Mend it"

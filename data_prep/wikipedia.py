@@ -41,7 +41,7 @@ _HEADING_MARK = "\x01"
 @functools.lru_cache(maxsize=64)
 def dropped_namespaces(path: str) -> frozenset[str]:
     """Names of the file and category namespaces in the wiki's own language, from the head of the dump."""
-    with open_binary(path) as file:
+    with open_binary(path) as (file, _):
         head = file.read(1 << 17).decode("utf-8", errors="ignore").partition("</siteinfo>")[0]
     local = {
         html.unescape(name).casefold() for key, name in _NAMESPACE.findall(head) if int(key) in _DROPPED_NAMESPACES
