@@ -114,8 +114,8 @@ def _feistel(
 
 
 def _wrap(x: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """x modulo base for x < 2 * base."""
-    return np.where(x >= base, x - base, x)
+    """x modulo base for x < 2 * base; below the base the difference wraps around to something huge."""
+    return np.minimum(x, x - base)
 
 
 def block_permute(positions: np.ndarray, size: int | np.ndarray, key: np.ndarray, block_samples: int) -> np.ndarray:
