@@ -84,7 +84,8 @@ class SampleSet:
         self.corpus, self.options, self.split = corpus, options, split
         shards = corpus.shards(split)
         if not shards:
-            raise UserError(f'corpus {corpus.folder} has no split "{split}"; prepare it with that split')
+            how = "with --validation 0.01, say" if split == "validation" else "from sources with more text"
+            raise UserError(f'corpus {corpus.folder} has no split "{split}": prepare it again, {how}')
         language_of = {shard.source: shard.language for shard in shards}
         self.sources = tuple(language_of)
         self.languages = tuple(language_of.values())
@@ -147,6 +148,10 @@ class SampleSet:
     def read(self, places: Places) -> Batch:
         """One batch of located samples."""
         return self._reader.read(places)
+
+    def announce(self, places: Places) -> None:
+        """Asks the disk for samples that will be read soon; pays where they lie close together."""
+        self._reader.announce(places)
 
     def read_batches(self, places: Places, samples: int) -> list[Batch]:
         """Located samples in batches of `samples`, read in one go."""
@@ -212,7 +217,7 @@ class Loader:
         self._task_samples = micro_batch_samples * max(1, _TASK_SAMPLES // micro_batch_samples)
         self._tasks = 1 + -(-max(1, prefetch_batches) * micro_batch_samples // self._task_samples)
         self._plan_samples = self._task_samples * max(1, _PLAN_SAMPLES // self._task_samples)
-        self._plan = lru_cache(2)(self._locate)
+        self._plan = lru_cache(3)(self._locate)
         self._threads: ThreadPoolExecutor | None = None
 
     def _locate(self, plan: int) -> Places:
@@ -223,6 +228,8 @@ class Loader:
 
     def _read(self, task: int) -> list[Batch]:
         plan, row = divmod(task * self._task_samples, self._plan_samples)
+        if row == 0 and self.sample_set.options.block_samples:
+            self.sample_set.announce(self._plan(plan + 1))
         return self.sample_set.read_batches(self._plan(plan)[row : row + self._task_samples], self._micro)
 
     def __iter__(self) -> Iterator[Batch]:

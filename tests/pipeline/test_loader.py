@@ -351,6 +351,26 @@ def test_a_slow_disk_changes_no_token(corpus, changes, monkeypatch):
         assert value is None or np.array_equal(value, getattr(from_disk, name))
 
 
+@pytest.mark.parametrize("packing", ["window", "none"])
+def test_blocks_are_announced_before_they_are_read(tmp_path, packing, monkeypatch):
+    """With block shuffle the disk is asked for whole runs of neighbouring rows, and in time."""
+    documents = [np.full(WINDOW - 1, 50 + d) for d in range(9000)]  # a document a window
+    corpus = write_corpus(tmp_path, {"train/a/en": [documents[:5000], documents[5000:]]})
+    asked: list[tuple[int, int, int, int]] = []
+    announce = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda *span: (asked.append(span), announce(*span)))
+    monkeypatch.setattr("pipeline.reader._CACHED_ROW_SECONDS", float("inf"))  # no announcements row by row
+    loader = Loader(
+        corpus, options(packing=packing, block_samples=200), global_batch_samples=128, micro_batch_samples=128
+    )
+    seen = np.concatenate([batch.samples for batch in take(loader, 9000 // 128)])
+    assert len(seen) == len(np.unique(seen)) == 9000 // 128 * 128
+    row_bytes = 2 * WINDOW
+    assert all(size % row_bytes == 0 for _, _, size, _ in asked)
+    assert np.mean([size for _, _, size, _ in asked]) > 50 * row_bytes, "neighbours are asked for one by one"
+    assert sum(size for _, _, size, _ in asked) > 0.7 * 9000 * row_bytes
+
+
 def test_a_consumer_that_computes_does_not_wait_for_data(corpus):
     loader = Loader(corpus, options(), global_batch_samples=8, micro_batch_samples=8, prefetch_batches=8)
     batches = iter(loader)
