@@ -11,7 +11,7 @@ averaged over the rows of the batch; the total is the weighted sum over the chos
 a query nor as a key, and with `document_ids` a relation stays inside its document.
 
 Three implementations of one function: `reference` builds the matrices and reads like the equations above, `chunked`
-keeps only a block of them and runs on any device, `triton` (relation_kernel.py) keeps none.
+(relation_blocks.py) keeps only a block of them and runs on any device, `triton` (relation_kernel.py) keeps none.
 
 Shapes: B rows, S positions, H hidden, A relation heads, d = H / A, n real positions of a document in a row.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,12 +31,6 @@ from data_prep.errors import UserError
 
 PAIRS = ("qq", "kk", "vv", "qk", "qv", "kq", "kv", "vq", "vk")
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
-
-# Centred scores up to this size can be exponentiated without a shift: exp(64) * 2^20 positions is far below the
-# largest fp32, and a row whose mean score is 0 has a maximum >= 0, so its sum is >= 1 and never underflows.
-_SAFE_SCORE = 64.0
-# Scores of one matrix in a block. Two blocks (teacher, student) of fp32 per thread stay inside a 2 MiB L2 cache.
-_BLOCK_SCORES_PER_THREAD = 1 << 17
 
 
 class QKV(NamedTuple):
@@ -127,7 +121,9 @@ def _best_implementation(teacher: QKV, student: QKV) -> str:
 def _fused(implementation: str) -> Callable[..., Tensor]:
     """The function behind an implementation that computes losses and gradients together."""
     if implementation == "chunked":
-        return _chunked_losses
+        from pipeline.relation_blocks import blockwise_losses
+
+        return blockwise_losses
     try:
         from pipeline.relation_kernel import kernel_losses
     except ModuleNotFoundError as error:
@@ -182,11 +178,11 @@ def _reference(teacher: QKV, student: QKV, heads: int, pairs, mask: Tensor | Non
     return torch.stack(losses)
 
 
-# --- chunked: a block of the matrices at a time, gradient in the forward pass --------------------------------------
+# --- fused: loss and gradient in one pass ----------------------------------------------------------------------------
 
 
 class _GradientInForward(torch.autograd.Function):
-    """Loss and gradient together: dKL/dscores = p_student - p_teacher needs nothing that comes after the loss."""
+    """Loss and gradient together; backward only scales. `compute` is `blockwise_losses` or `kernel_losses`."""
 
     @staticmethod
     def forward(ctx, compute, teacher: QKV, heads: int, pairs, mask, documents, wants_gradient: bool, *student: Tensor):
@@ -208,108 +204,3 @@ class _GradientInForward(torch.autograd.Function):
             for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, needed, strict=True)
         )
         return (None,) * 7 + tuple(grads)
-
-
-def _documents(mask: Tensor | None, documents: Tensor | None, b: int, s: int, device) -> Iterator[tuple[Tensor, float]]:
-    """Positions (flat, [n]) of every document of every row, with 1 / real positions of the row."""
-    if mask is None and documents is None:
-        for row in range(b):
-            yield torch.arange(row * s, (row + 1) * s, device=device), 1.0 / s
-        return
-    row = torch.arange(b, device=device)[:, None].expand(b, s)
-    keep = torch.ones(b, s, dtype=torch.bool, device=device) if mask is None else mask
-    number = torch.zeros(b, s, dtype=torch.long, device=device) if documents is None else documents.long()
-    group = (row * (number.max() + 1) + number)[keep]
-    flat = keep.flatten().nonzero().squeeze(1)
-    order = group.argsort(stable=True)
-    _, sizes = group[order].unique_consecutive(return_counts=True)
-    real = keep.sum(1).tolist()
-    for positions in flat[order].split(sizes.tolist()):
-        yield positions, 1.0 / real[int(positions[0]) // s]
-
-
-def _chunked_losses(teacher: QKV, student: QKV, grads, heads: int, pairs, mask, documents) -> Tensor:
-    """Loss of each pair, [pairs]; adds the gradient of the weighted total into `grads`, each [B, S, H]."""
-    b, s = student.query.shape[:2]
-    device, dtype = student.query.device, _compute_dtype(*teacher, *student)
-    losses = torch.zeros(len(pairs), dtype=dtype, device=device)
-    for positions, per_position in _documents(mask, documents, b, s, device):
-
-        def split(x: Tensor, positions=positions) -> Tensor:  # [B, S, H] -> [A, n, d]
-            return x.flatten(0, 1)[positions].to(dtype).unflatten(-1, (heads, -1)).transpose(0, 1).contiguous()
-
-        needed = [any(name in pair for pair in pairs) for name in "qkv"]
-        t = [split(x) if use else None for x, use in zip(teacher, needed, strict=True)]
-        u = [split(x) if use else None for x, use in zip(student, needed, strict=True)]
-        g = [torch.zeros_like(x) if grads and use else None for x, use in zip(u, needed, strict=True)]
-        scale = per_position / (heads * b)
-        for i, (pair, weight) in enumerate(pairs.items()):
-            x, y = "qkv".index(pair[0]), "qkv".index(pair[1])
-            losses[i] += scale * _divergence(t[x], t[y], u[x], u[y], g[x], g[y], weight * scale)
-        for grad, local in zip(grads, g, strict=False):
-            if local is not None:
-                grad.flatten(0, 1)[positions] = local.transpose(0, 1).flatten(1)
-    return losses
-
-
-def _divergence(xt, yt, xs, ys, gx, gy, weight: float) -> Tensor:
-    """Sum of KL over heads and positions of one document; all [A, n, d]. Adds weight * gradient into gx and gy.
-
-    Everything but the exponentials is a matrix product. With e = exp(scores), z = its row sums and p = e / z:
-
-        sum_j p_T s_T = x_T . (e_T y_T) / z_T      sum_j p_T s_S = x_S . (e_T y_S) / z_T
-        KL            = sum_j p_T (s_T - s_S) - log z_T + log z_S
-        dx            = (e_S y_S) / z_S - (e_T y_S) / z_T            rows of (p_S - p_T) y_S
-        dy            = e_S^T (x_S / z_S) - e_T^T (x_S / z_T)
-
-    so e_T [y_T, y_S, 1] and e_S [y_S, 1] give the loss, dx and both z. A softmax does not change when one vector is
-    taken from all keys, so the keys are centred: scores shrink, and each row's maximum is at least 0, its mean.
-    """
-    a, n, dt = xt.shape
-    ds = xs.shape[-1]
-    xt, xq = xt / math.sqrt(dt), xs / math.sqrt(ds)
-    yt, yq = yt - yt.mean(1, keepdim=True), ys - ys.mean(1, keepdim=True)
-    one = yt.new_ones(a, n, 1)
-    right_t, right_s = torch.cat([yt, yq, one], -1), torch.cat([yq, one], -1)
-    shifted = xt.device.type != "cpu" or max(_largest_score(xt, yt), _largest_score(xq, yq)) > _SAFE_SCORE
-    heads, rows = _block(a, n, torch.get_num_threads())
-    buffer = xt.new_empty(2, heads * rows * n)
-    total = xt.new_zeros(())
-    for h in range(0, a, heads):
-        hs = slice(h, min(h + heads, a))
-        for r in range(0, n, rows):
-            at = (hs, slice(r, min(r + rows, n)))
-            et, shift_t = _exp_scores(xt[at], yt[hs], buffer[0], shifted)
-            es, shift_s = _exp_scores(xq[at], yq[hs], buffer[1], shifted)
-            ot, os = et @ right_t[hs], es @ right_s[hs]  # [heads, rows, dt + ds + 1], [heads, rows, ds + 1]
-            zt, zs = ot[..., -1:], os[..., -1:]
-            ot, os = ot[..., :-1] / zt, os[..., :-1] / zs
-            total += (xt[at] * ot[..., :dt]).sum() - (xq[at] * ot[..., dt:]).sum()
-            total += (zs.log() - zt.log()).sum() + (shift_s - shift_t)
-            if gx is not None:
-                gx[at].add_(os - ot[..., dt:], alpha=weight / math.sqrt(ds))
-                gy[hs].baddbmm_(es.transpose(1, 2), xq[at] / zs, alpha=weight)
-                gy[hs].baddbmm_(et.transpose(1, 2), xq[at] / zt, alpha=-weight)
-    return total
-
-
-def _largest_score(x: Tensor, y: Tensor) -> float:
-    """Upper bound of |x_i . y_j| (Cauchy-Schwarz), over all heads."""
-    return float((x.norm(dim=-1).amax(1) * y.norm(dim=-1).amax(1)).max())
-
-
-def _block(a: int, n: int, threads: int) -> tuple[int, int]:
-    """Heads and rows of a block: whole heads for every thread if they fit, else rows of one head per thread."""
-    rows = max(1, min(n, _BLOCK_SCORES_PER_THREAD // n))
-    heads = max(1, min(a, threads * max(1, _BLOCK_SCORES_PER_THREAD // (rows * n))))
-    return heads, rows
-
-
-def _exp_scores(x: Tensor, y: Tensor, buffer: Tensor, shifted: bool) -> tuple[Tensor, Tensor | float]:
-    """exp(x y^T - shift) in `buffer`, [heads, rows, n], and the sum of the shifts."""
-    shape = (x.shape[0], x.shape[1], y.shape[1])
-    scores = torch.bmm(x, y.transpose(1, 2), out=buffer[: math.prod(shape)].view(shape))
-    if not shifted:
-        return scores.exp_(), 0.0
-    shift = scores.amax(-1, keepdim=True)
-    return scores.sub_(shift).exp_(), shift.sum()

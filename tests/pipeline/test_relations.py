@@ -174,12 +174,12 @@ def test_without_gradient_the_value_is_the_same(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_many_blocks_give_what_one_block_gives(implementation, monkeypatch):
-    from pipeline import relations
+    from pipeline import relation_blocks
 
     teacher, student = random_qkv(2, 23, 24), random_qkv(2, 23, 12, seed=1, requires_grad=True)
     expected = evaluate(teacher, student, heads=6, implementation="reference")
     for scores in (1, 30, 200, 5000):
-        monkeypatch.setattr(relations, "_BLOCK_SCORES_PER_THREAD", scores)
+        monkeypatch.setattr(relation_blocks, "_BLOCK_SCORES", scores)
         check_close(evaluate(teacher, student, heads=6, implementation=implementation), expected, 1e-12)
 
 
@@ -208,3 +208,20 @@ def check_close(got, expected, tolerance: float) -> None:
     for ours, theirs in zip(got[2], expected[2], strict=True):
         bound = tolerance * max(float(theirs.abs().max()), 1e-12)
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_no_bit_and_keep_their_number(threads):
+    before = torch.get_num_threads()
+    teacher, student = random_qkv(3, 40, 24), random_qkv(3, 40, 12, seed=1, requires_grad=True)
+    mask = torch.arange(40) < torch.tensor([40, 9, 0])[:, None]
+    try:
+        torch.set_num_threads(1)
+        alone = evaluate(teacher, student, heads=6, mask=mask, implementation="chunked")
+        torch.set_num_threads(threads)
+        together = evaluate(teacher, student, heads=6, mask=mask, implementation="chunked")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(alone[0], together[0])
+    assert all(torch.equal(a, b) for a, b in zip(alone[2], together[2], strict=True))

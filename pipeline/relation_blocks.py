@@ -1,0 +1,175 @@
+"""The relation loss block by block: on any device, without ever holding a relation matrix.
+
+One document, a few relation heads and a block of queries at a time; loss and gradient come out of the same pass, since
+dKL/dscores = p_student - p_teacher needs nothing that comes after the loss. With e = exp(scores), z = its row sums and
+p = e / z, all but the exponentials is a matrix product (x, y: queries and keys of the pair; T teacher, S student):
+
+    sum_j p_T s_T = x_T . (e_T y_T) / z_T      sum_j p_T s_S = x_S . (e_T y_S) / z_T
+    KL            = sum_j p_T (s_T - s_S) - log z_T + log z_S
+    dx            = (e_S y_S) / z_S - (e_T y_S) / z_T            rows of (p_S - p_T) y_S
+    dy            = e_S^T (x_S / z_S) - e_T^T (x_S / z_T)
+
+so e_T [y_T, y_S, 1] and e_S [y_S, 1] give the loss, dx and both z. A softmax does not change when one vector is taken
+from all keys, so the keys are centred: the scores shrink, and the largest of a row is at least their mean, 0.
+
+On a CPU the pieces (a document, some heads) go to threads that each compute alone. One parallel region for every small
+product would wait for its slowest thread thousands of times in a step, which a busy machine makes very slow.
+
+Shapes: A heads of a piece, n positions of a document, d width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pipeline.relations import QKV
+
+# Centred scores up to this size are exponentiated as they are: exp(64) * 2^20 positions is far below the largest fp32,
+# and a row whose largest score is at least 0 sums to at least 1. Beyond it, each row's maximum is taken off first.
+_SAFE_SCORE = 64.0
+# Scores of a block; the teacher's and the student's in fp32 take 1 MiB, half of a usual L2 cache.
+_BLOCK_SCORES = 1 << 17
+
+
+def blockwise_losses(
+    teacher: QKV,
+    student: QKV,
+    grads: tuple[Tensor, ...],
+    heads: int,
+    pairs: Mapping[str, float],
+    mask: Tensor | None,
+    documents: Tensor | None,
+) -> Tensor:
+    """Loss of each pair, [pairs]; puts the gradient of the weighted total into `grads` unless that is empty.
+
+    Args:
+        teacher: [B, S, H_teacher] each.
+        student: [B, S, H_student] each.
+        grads: zeros [B, S, H_student] for queries, keys and values, of the type to compute in, or ().
+        heads: relation heads.
+        pairs: names and weights.
+        mask: bool [B, S] or None.
+        documents: int [B, S] or None.
+    """
+    b, s = student.query.shape[:2]
+    device = student.query.device
+    dtype = torch.float64 if torch.float64 in (teacher.query.dtype, student.query.dtype) else torch.float32
+    tensors = [[x.detach().flatten(0, 1) for x in qkv] for qkv in (teacher, student)]
+    gradients = [grad.flatten(0, 1) for grad in grads]
+
+    @torch.no_grad()
+    def losses_of(piece: tuple[Tensor, float, slice]) -> Tensor:
+        positions, per_position, some = piece
+        scale = per_position / (heads * b)
+        qkv_t, qkv_s = ([_heads(x, positions, heads, some, dtype) for x in qkv] for qkv in tensors)
+        local = [torch.zeros_like(x) if grads else None for x in qkv_s]
+        losses = []
+        for pair, weight in pairs.items():
+            x, y = "qkv".index(pair[0]), "qkv".index(pair[1])
+            losses.append(_divergence(qkv_t[x], qkv_t[y], qkv_s[x], qkv_s[y], local[x], local[y], weight * scale))
+        for gradient, part in zip(gradients, local, strict=False):
+            gradient.unflatten(-1, (heads, -1))[positions, some] = part.transpose(0, 1)
+        return torch.stack(losses) * scale
+
+    pieces = list(_pieces(mask, documents, b, s, heads, device))
+    if not pieces:
+        return torch.zeros(len(pairs), dtype=dtype, device=device)
+    return torch.stack(_map(losses_of, pieces, device)).sum(0)
+
+
+def _map(function, pieces: list, device: torch.device) -> list[Tensor]:
+    threads = min(torch.get_num_threads(), len(pieces)) if device.type == "cpu" else 1
+    if threads == 1:
+        return [function(piece) for piece in pieces]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # also that of the matrix library, which all threads share
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, pieces))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _pieces(mask, documents, b: int, s: int, heads: int, device) -> Iterator[tuple[Tensor, float, slice]]:
+    """Flat positions [n] of a document, 1 / real positions of its row, and some of the heads."""
+    for positions, per_position in _documents(mask, documents, b, s, device):
+        together = max(1, _BLOCK_SCORES // len(positions) ** 2)
+        for first in range(0, heads, together):
+            yield positions, per_position, slice(first, min(first + together, heads))
+
+
+def _documents(mask, documents, b: int, s: int, device) -> Iterator[tuple[Tensor, float]]:
+    if mask is None and documents is None:
+        for row in range(b):
+            yield torch.arange(row * s, (row + 1) * s, device=device), 1.0 / s
+        return
+    row = torch.arange(b, device=device)[:, None].expand(b, s)
+    keep = torch.ones(b, s, dtype=torch.bool, device=device) if mask is None else mask
+    number = torch.zeros(b, s, dtype=torch.long, device=device) if documents is None else documents.long()
+    group = (row * (number.max() + 1) + number)[keep]
+    flat = keep.flatten().nonzero().squeeze(1)
+    order = group.argsort(stable=True)
+    _, sizes = group[order].unique_consecutive(return_counts=True)
+    real = keep.sum(1).tolist()
+    for positions in flat[order].split(sizes.tolist()):
+        yield positions, 1.0 / real[int(positions[0]) // s]
+
+
+def _heads(x: Tensor, positions: Tensor, heads: int, some: slice, dtype: torch.dtype) -> Tensor:
+    """Some heads of a document: [B * S, H] -> contiguous [A, n, d]."""
+    return x.unflatten(-1, (heads, -1))[positions, some].transpose(0, 1).to(dtype).contiguous()
+
+
+def _divergence(
+    xt: Tensor, yt: Tensor, xs: Tensor, ys: Tensor, gx: Tensor | None, gy: Tensor | None, weight: float
+) -> Tensor:
+    """Sum of KL over heads and positions of a piece, all [A, n, d]; adds weight times its gradient to gx and gy."""
+    a, n, dt = xt.shape
+    ds = xs.shape[-1]
+    xt, xq = xt / math.sqrt(dt), xs / math.sqrt(ds)
+    yt, yq = yt - yt.mean(1, keepdim=True), ys - ys.mean(1, keepdim=True)
+    one = yt.new_ones(a, n, 1)
+    right_t, right_s = torch.cat([yt, yq, one], -1), torch.cat([yq, one], -1)
+    left_t, left_s = yt.transpose(1, 2), yq.transpose(1, 2)
+    # Finding out needs the values on the host, which would make a GPU wait.
+    shifted = xt.device.type != "cpu" or max(_largest_score(xt, yt), _largest_score(xq, yq)) > _SAFE_SCORE
+    rows = max(1, min(n, _BLOCK_SCORES // n))
+    buffer = xt.new_empty(2, a * rows * n)
+    total = xt.new_zeros(())
+    for first in range(0, n, rows):
+        block = slice(first, min(first + rows, n))
+        x_t, x_s = xt[:, block], xq[:, block]
+        e_t, shift_t = _exp_scores(x_t, left_t, buffer[0], shifted)
+        e_s, shift_s = _exp_scores(x_s, left_s, buffer[1], shifted)
+        o_t, o_s = e_t @ right_t, e_s @ right_s  # [A, rows, dt + ds + 1], [A, rows, ds + 1]
+        z_t, z_s = o_t[..., -1:], o_s[..., -1:]
+        o_t, o_s = o_t[..., :-1] / z_t, o_s[..., :-1] / z_s
+        total += (x_t * o_t[..., :dt]).sum() - (x_s * o_t[..., dt:]).sum()
+        total += (z_s / z_t).log().sum() + (shift_s - shift_t)
+        if gx is not None:
+            gx[:, block].add_(o_s - o_t[..., dt:], alpha=weight / math.sqrt(ds))
+            gy.baddbmm_(e_s.transpose(1, 2), x_s / z_s, alpha=weight)
+            gy.baddbmm_(e_t.transpose(1, 2), x_s / z_t, alpha=-weight)
+    return total
+
+
+def _largest_score(x: Tensor, y: Tensor) -> float:
+    """Upper bound of |x_i . y_j| over all heads (Cauchy-Schwarz)."""
+    return float((x.norm(dim=-1).amax(1) * y.norm(dim=-1).amax(1)).max())
+
+
+def _exp_scores(x: Tensor, y: Tensor, buffer: Tensor, shifted: bool) -> tuple[Tensor, Tensor | float]:
+    """exp(x y - shift) in `buffer`, [A, rows, n], and the sum of the shifts."""
+    shape = (x.shape[0], x.shape[1], y.shape[2])
+    scores = torch.bmm(x, y, out=buffer[: math.prod(shape)].view(shape))
+    if not shifted:
+        return scores.exp_(), 0.0
+    shift = scores.amax(-1, keepdim=True)
+    return scores.sub_(shift).exp_(), shift.sum()
