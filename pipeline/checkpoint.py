@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from data_prep import durable
 from data_prep.errors import UserError
+from pipeline.elastic import load_elsewhere
 from pipeline.engine import import_deepspeed
 
 RECORD = "complete.json"
@@ -164,15 +165,13 @@ def check_belongs(record: Record, *, recipe: dict[str, Any], corpus_fingerprint:
 def load(engine, folder: Path, record: Record) -> None:
     """Give the engine the weights, optimizer state and schedule of a checkpoint, and make sure that it took them.
 
-    Raises:
-        UserError: the checkpoint was written by another number of ranks or another ZeRO stage.
+    A checkpoint of the same number of ranks and ZeRO stage is loaded as it is, and training goes on bit for bit; any
+    other goes through `pipeline.elastic`.
     """
-    stage = engine.zero_optimization_stage()
-    if (record.world_size, record.zero_stage) != (dist.get_world_size(), stage):
-        raise UserError(
-            f"{folder / tag_of(record.step)} was written by {record.world_size} ranks at ZeRO stage "
-            f"{record.zero_stage}, this run has {dist.get_world_size()} ranks at stage {stage}. Start it as it was."
-        )
+    if (record.world_size, record.zero_stage) != (dist.get_world_size(), engine.zero_optimization_stage()):
+        source = folder / tag_of(record.step)
+        load_elsewhere(engine, source, zero_stage=record.zero_stage, weights=read_weights(source))
+        return
     path, client_state = engine.load_checkpoint(str(folder), tag=tag_of(record.step))
     if path is None or client_state.get("samples_seen") != record.samples_seen or engine.global_steps != record.step:
         raise RuntimeError(f"DeepSpeed did not load {folder / tag_of(record.step)}: {path}, {client_state}")

@@ -146,9 +146,10 @@ def learning_rate_factor(step: int, options: Optimizer) -> float:
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices decay, norms and biases do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if getattr(p, "ds_shape", p.shape).__len__() > 1]
-    vectors = [p for p in trainable if getattr(p, "ds_shape", p.shape).__len__() <= 1]
-    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+    groups = [
+        dict(params=[p for p in trainable if p.ndim > 1], weight_decay=weight_decay),
+        dict(params=[p for p in trainable if p.ndim <= 1], weight_decay=0.0),
+    ]
     return [group for group in groups if group["params"]]
 
 
