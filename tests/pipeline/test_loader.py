@@ -411,3 +411,34 @@ def test_windows_of_a_real_corpus_join_to_its_text(samples, tmp_path):
     expected = np.concatenate([np.append(ids, tokenizer.sep_id) for ids in tokenizer.encode_batch(texts)])
     assert 0 <= len(expected) - len(stream) < 126
     assert np.array_equal(stream, expected[: len(stream)])
+
+
+def test_an_epoch_over_changing_numbers_of_ranks_counts_every_window_once(tmp_path):
+    """Four global batches on 3 ranks, the next six on 8: together one epoch, nothing twice, nothing skipped."""
+    corpus = write_corpus(
+        tmp_path,
+        {
+            "train/a/en": [numbered(100 * WINDOW + 1, 10), numbered(50 * WINDOW, 2000)],
+            "train/b/fr": [numbered(90 * WINDOW + 5, 4000)],
+        },
+    )
+    first_tokens: list[int] = []
+    for world_size, done, batches in ((3, 0, 4), (8, 4, 6)):
+        steps = set()
+        for rank in range(world_size):
+            loader = Loader(
+                corpus,
+                options(),
+                global_batch_samples=24,
+                micro_batch_samples=1,
+                rank=rank,
+                world_size=world_size,
+                samples_seen=done * 24,
+            )
+            own = take(loader, batches * 24 // world_size)
+            steps.add(len(own))
+            first_tokens += [int(batch.input_ids[0, 1]) for batch in own]
+        assert len(steps) == 1
+    expected = [10 + WINDOW * i for i in range(100)]
+    expected += [2000 + WINDOW * i for i in range(50)] + [4000 + WINDOW * i for i in range(90)]
+    assert sorted(first_tokens) == expected
