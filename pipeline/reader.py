@@ -237,9 +237,13 @@ def _documents(ids: np.ndarray, sep: int) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         document_ids int32 [b, s] and position_ids int64 [b, s], which restart at 0 in every document.
     """
-    begins = np.zeros(ids.shape, bool)
-    begins[:, 2:-1] = ids[:, 1:-2] == sep
-    documents = np.cumsum(begins, axis=1, dtype=np.int32)
-    column = np.arange(ids.shape[1])
-    positions = column - np.maximum.accumulate(np.where(begins, column, 0), axis=1)
+    rows, tokens = ids.shape
+    row, column = np.nonzero(ids[:, 1:-2] == sep)
+    begins = np.concatenate([np.arange(rows) * tokens, row * tokens + column + 2])  # in the flattened batch
+    begins.sort()
+    lengths = np.diff(begins, append=rows * tokens)
+    count = np.arange(len(begins))
+    number = count - np.maximum.accumulate(np.where(begins % tokens == 0, count, 0))
+    documents = np.repeat(number.astype(np.int32), lengths).reshape(ids.shape)
+    positions = (np.arange(rows * tokens) - np.repeat(begins, lengths)).reshape(ids.shape)
     return torch.from_numpy(documents), torch.from_numpy(positions)
