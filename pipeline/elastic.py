@@ -1,10 +1,10 @@
 """A checkpoint for another number of ranks, or another ZeRO stage: through whole tensors, one file for each.
 
-DeepSpeed's own offline tool writes a checkpoint out as one folder a parameter (`fp32.pt`, `exp_avg.pt`, `exp_avg_sq.pt`,
-`step.pt`: its universal format). That is done once, by rank 0, and kept beside the checkpoint. Each rank then puts its
-share of every tensor into the engine through DeepSpeed's per-parameter interface. DeepSpeed's own reader of that format
-is not used: it cannot change between stage 3 and the others, and at stage 3 gives all parameter groups the settings of
-the first, so that norms and biases would start to decay.
+DeepSpeed's own offline tool writes a checkpoint out as one folder a parameter (`fp32.pt`, `exp_avg.pt`,
+`exp_avg_sq.pt`, `step.pt`: its universal format). That is done once, by rank 0, and kept beside the checkpoint. Each
+rank then puts its share of every tensor into the engine through DeepSpeed's per-parameter interface. DeepSpeed's own reader
+of that format is not used: it cannot change between stage 3 and the others, and at stage 3 gives all parameter groups
+the settings of the first, so that norms and biases would start to decay.
 """
 
 import shutil
@@ -38,8 +38,8 @@ def load_elsewhere(engine, checkpoint: Path, *, zero_stage: int, weights: dict[s
     """
     if engine.zero_optimization_stage() == 0 and engine.optimizer is not engine.basic_optimizer:
         raise UserError(
-            f"{checkpoint} was written by another number of ranks or at another ZeRO stage, and mixed precision without "
-            "ZeRO cannot take it over. Go on with --ds-config zero1 instead."
+            f"{checkpoint} was written by another number of ranks or at another ZeRO stage, and mixed precision "
+            "without ZeRO cannot take it over. Go on with --ds-config zero1 instead."
         )
     _create_optimizer_state(engine)
     sources = _optimizer_states(engine, checkpoint, zero_stage)

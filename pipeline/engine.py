@@ -7,6 +7,7 @@ place, and refuses a knob that both set.
 import json
 import math
 import os
+import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -182,11 +183,26 @@ def _adamw(groups: list[dict[str, Any]], options: Optimizer, config: dict[str, A
     arguments = dict(lr=options.peak_lr, betas=options.betas, eps=options.eps)
     offloads = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     if offloads and config.get("zero_force_ds_cpu_optimizer", True):
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
+        return _compiled_cpu_adam()(groups, adamw_mode=True, **arguments)
     # torch's own AdamW needs no compiler; its fused form is as fast on a GPU as DeepSpeed's compiled one.
     return torch.optim.AdamW(groups, fused=torch.cuda.is_available() and not offloads, **arguments)
+
+
+def _compiled_cpu_adam():
+    """DeepSpeed's Adam for offloaded state, compiled by the first rank of each machine if it never was before."""
+    if not (shutil.which("g++") and shutil.which("ninja")):
+        raise UserError(
+            "offloading the optimizer compiles DeepSpeed's CPU Adam, which needs g++ and ninja on the PATH. Install "
+            'them, or set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration to use PyTorch\'s slower one.'
+        )
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    if os.environ["LOCAL_RANK"] == "0":
+        print("loading DeepSpeed's CPU Adam; the first time it is compiled, for a minute or two", flush=True)
+        CPUAdamBuilder().load(verbose=False)
+    torch.distributed.barrier()
+    return DeepSpeedCPUAdam
 
 
 def start_monitor(config: dict[str, Any], output: Path):

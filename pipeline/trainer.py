@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_prep import durable
+from data_prep import durable, samples
 from data_prep.errors import UserError
 from data_prep.shards import Corpus
 from data_prep.tokenizer import Tokenizer
@@ -41,6 +41,8 @@ def preflight(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int, res
     """
     engine.merge(recipe, ds_config, world_size=world_size)
     StudentShape.parse(recipe.student.shape, heads=recipe.student.heads, feed_forward=recipe.student.feed_forward)
+    if Path(recipe.teacher.model) == samples.folder() / samples.TEACHER:
+        samples.require(samples.TEACHER)
     teacher = teacher_config(recipe.teacher.model, trust_remote_code=recipe.teacher.trust_remote_code)
     config.check_against_teacher(
         recipe,
