@@ -139,8 +139,8 @@ class Reader:
         breaks = np.flatnonzero((np.diff(shard) != 0) | (np.diff(index) > _NEAR_ROWS)) + 1
         for first, last in zip([0, *breaks], [*breaks - 1, len(order) - 1], strict=True):
             start, stop = self._first_token(shard[first], index[first]), self._first_token(shard[last], index[last] + 1)
-            descriptor = self._file(int(shard[first])).descriptor
-            os.posix_fadvise(descriptor, start * self._width, (stop - start) * self._width, os.POSIX_FADV_WILLNEED)
+            file = self._file(int(shard[first]))  # kept, for a file that nobody holds is closed
+            os.posix_fadvise(file.descriptor, start * self._width, (stop - start) * self._width, os.POSIX_FADV_WILLNEED)
 
     def _first_token(self, shard: int, index: int) -> int:
         """Where a row (before any shift) begins in its shard, or where the row before it ended."""
@@ -213,7 +213,7 @@ class Reader:
         return b"".join(rows)
 
     def _rows(self, shard: np.ndarray, start: np.ndarray, tokens: np.ndarray, *, announce: bool) -> list[bytes]:
-        files = [self._file(s) for s in shard.tolist()]
+        files = [self._file(s) for s in shard.tolist()]  # held until the last read
         descriptors = [file.descriptor for file in files]
         offsets, sizes = (start * self._width).tolist(), (tokens * self._width).tolist()
         if announce and hasattr(os, "posix_fadvise"):

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def write_corpus(folder: Path, scale: int) -> None:
     (folder / "manifest.json").write_text(manifest.to_json())
 
 
-def open_ours(folder: Path, **options) -> Iterable[torch.Tensor]:
+def open_ours(folder: Path, **options) -> Iterator[torch.Tensor]:
     from data_prep.shards import Corpus
     from pipeline.loader import DataOptions, Loader
 
@@ -80,6 +80,11 @@ def open_ours(folder: Path, **options) -> Iterable[torch.Tensor]:
         corpus, DataOptions(seq_tokens=SEQ, seed=1, **options), global_batch_samples=256, micro_batch_samples=BATCH
     )
     return (batch.input_ids for batch in loader)
+
+
+def _endless(epoch: Callable[[], Iterable[torch.Tensor]]) -> Iterator[torch.Tensor]:
+    while True:
+        yield from epoch()
 
 
 class _Windows(Dataset):
@@ -102,24 +107,25 @@ def _memmap(folder: Path) -> np.ndarray:
     return np.memmap(folder / "train/a/00000.bin", np.uint16, "r")
 
 
-def open_memmap(folder: Path) -> Iterable[torch.Tensor]:
-    return DataLoader(_Windows(_memmap(folder)), batch_size=BATCH, shuffle=True)
+def open_memmap(folder: Path) -> Iterator[torch.Tensor]:
+    loader = DataLoader(_Windows(_memmap(folder)), batch_size=BATCH, shuffle=True, drop_last=True)
+    return _endless(lambda: loader)
 
 
-def open_memmap_loop(folder: Path) -> Iterable[torch.Tensor]:
+def open_memmap_loop(folder: Path) -> Iterator[torch.Tensor]:
     """No DataLoader either: slices copied straight into the batch."""
     tokens = _memmap(folder)
 
-    def batches() -> Iterable[torch.Tensor]:
+    def epoch() -> Iterable[torch.Tensor]:
         order = np.random.default_rng(1).permutation(len(tokens) // WINDOW) * WINDOW
-        for at in range(0, len(order), BATCH):
+        for at in range(0, len(order) - BATCH + 1, BATCH):
             ids = np.empty((BATCH, SEQ), np.int64)
             ids[:, 0], ids[:, -1] = CLS, SEP
             for row, start in enumerate(order[at : at + BATCH].tolist()):
                 ids[row, 1:-1] = tokens[start : start + WINDOW]
             yield torch.from_numpy(ids)
 
-    return batches()
+    return _endless(epoch)
 
 
 def write_arrow(folder: Path, scale: int) -> None:
@@ -130,11 +136,12 @@ def write_arrow(folder: Path, scale: int) -> None:
     datasets.Dataset(pyarrow.table({"input_ids": rows})).save_to_disk(str(folder / "data"))
 
 
-def open_arrow(folder: Path) -> Iterable[torch.Tensor]:
+def open_arrow(folder: Path) -> Iterator[torch.Tensor]:
     import datasets
 
     data = datasets.load_from_disk(str(folder / "data")).with_format("torch", columns=["input_ids"])
-    return (b["input_ids"] for b in DataLoader(data, batch_size=BATCH, shuffle=True))
+    loader = DataLoader(data, batch_size=BATCH, shuffle=True, drop_last=True)
+    return _endless(lambda: (batch["input_ids"] for batch in loader))
 
 
 def _import_streaming():
@@ -158,17 +165,18 @@ def write_mds(folder: Path, scale: int) -> None:
             writer.write({"input_ids": row})
 
 
-def open_mds(folder: Path) -> Iterable[torch.Tensor]:
+def open_mds(folder: Path) -> Iterator[torch.Tensor]:
     streaming = _import_streaming()
     data = streaming.StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH)
-    return DataLoader(
-        data,
-        batch_size=BATCH,
-        collate_fn=lambda rows: torch.from_numpy(np.stack([r["input_ids"] for r in rows])).long(),
-    )
+
+    def collate(rows: list[dict]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
+
+    loader = DataLoader(data, batch_size=BATCH, collate_fn=collate, drop_last=True)
+    return _endless(lambda: loader)
 
 
-def open_megatron(folder: Path) -> Iterable[torch.Tensor]:
+def open_megatron(folder: Path) -> Iterator[torch.Tensor]:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
@@ -189,10 +197,11 @@ def open_megatron(folder: Path) -> Iterable[torch.Tensor]:
     tokens = IndexedDataset(prefix)
     documents = np.arange(len(tokens.document_indices) - 1, dtype=np.int32)
     data = GPTDataset(tokens, prefix, documents, None, Split.train, config)
-    return (b["tokens"] for b in DataLoader(data, batch_size=BATCH, shuffle=True))
+    loader = DataLoader(data, batch_size=BATCH, shuffle=True, drop_last=True)
+    return _endless(lambda: (batch["tokens"] for batch in loader))
 
 
-Opener = Callable[[Path], Iterable[torch.Tensor]]
+Opener = Callable[[Path], Iterator[torch.Tensor]]
 # name: (where its data lie, how they are written, how they are opened, what must be importable)
 CONTENDERS: dict[str, tuple[str, Callable[[Path, int], None], Opener, tuple[str, ...]]] = {
     "this loader": ("shards", write_corpus, open_ours, ()),
@@ -226,18 +235,14 @@ def measure(name: str, folder: Path, seconds: float) -> dict[str, float]:
     before = _resident_mb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
     disk_before, began = _disk_kb(), time.perf_counter()
-    loader = opener(folder)
+    batches = opener(folder)
     opened = time.perf_counter()
-    batches = iter(loader)
     first = next(batches)
     ready, cpu_before = time.perf_counter(), time.process_time()
     assert first.shape == (BATCH, SEQ) and first.dtype == torch.int64
     read = 0
     while time.perf_counter() - ready < seconds or read < 6400:
-        if (batch := next(batches, None)) is None or len(batch) < BATCH:
-            batches = iter(loader)
-            continue
-        read += BATCH
+        read += len(next(batches))
     return {
         "samples/s": read / (time.perf_counter() - ready),
         "CPU us": (time.process_time() - cpu_before) / read * 1e6,

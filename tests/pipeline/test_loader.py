@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -316,6 +317,27 @@ def test_a_missing_split_and_a_shortened_shard_are_refused(corpus):
     sample_set = SampleSet(corpus, options())
     with pytest.raises(UserError, match="cannot open .*large/00000.bin"):
         sample_set.read(sample_set.locate(np.arange(22)))
+
+
+def test_threads_do_not_close_each_others_files(tmp_path, monkeypatch):
+    """More shards than are kept open, and more threads than that: every row is still the right one."""
+    monkeypatch.setattr("pipeline.reader._OPEN_SHARDS", 2)
+    shards = [numbered(40 * WINDOW, 100 + 1000 * s) for s in range(8)]
+    corpus = write_corpus(tmp_path, {"train/a/en": shards})
+    sample_set = SampleSet(corpus, options(block_samples=4))
+    places = sample_set.locate(np.arange(320))
+    expected = sample_set.read(places).input_ids.numpy()
+
+    def work(thread: int) -> bool:
+        for at in range(0, 320, 10):
+            rows = slice((at + 40 * thread) % 320, (at + 40 * thread) % 320 + 10)
+            sample_set.announce(places[rows])
+            if not np.array_equal(sample_set.read(places[rows]).input_ids.numpy(), expected[rows]):
+                return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
 
 
 def test_an_error_of_a_reading_thread_reaches_the_consumer(corpus):
