@@ -12,7 +12,9 @@ kind = "wikipedia"
 path = "/data/dumps/enwiki-20240101-pages-articles-multistream.xml.bz2"
 """
 
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -76,34 +78,62 @@ class PrepareRequest:
         }
 
 
-def read_corpus_file(path: Path, **overrides) -> PrepareRequest:
-    """The request in a TOML file: the fields of `PrepareRequest`, and a `[[source]]` table for each source.
+_NAMES = {"validation": "validation_fraction", "limit": "limit_documents"}
+_SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
-    Relative paths of sources count from the folder of the file.
+
+def request_from(corpus_file: Path | None, source_texts: Sequence[str], **options) -> PrepareRequest:
+    """The request of a command line: a TOML file, sources and options, of which the command line's win.
+
+    Relative paths in the file count from its folder.
+
+    Args:
+        corpus_file: fields of `PrepareRequest`, and a `[[source]]` table for each source.
+        source_texts: further sources, as `Source.parse` reads them.
+        options: fields of `PrepareRequest` by their names on the command line; None = not given.
 
     Raises:
-        UserError: no such file, not TOML, or an unknown or mistyped key.
+        UserError: no such file, not TOML, an unknown or mistyped key, or no tokenizer.
     """
+    content = _read_toml(corpus_file) if corpus_file else {}
+    tables = content.pop("source", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"{corpus_file}: write each source as a table headed [[source]].")
+    content |= {_NAMES.get(name, name): value for name, value in options.items() if value is not None}
+    if isinstance(content.get("shard_bytes"), str):
+        content["shard_bytes"] = parse_size(content["shard_bytes"])
+    _check_types(content, corpus_file)
+    if "tokenizer" not in content:
+        raise UserError("no tokenizer given: add --tokenizer, a model folder or hub id, or a line in the corpus file.")
+    sources = [_source(table, corpus_file.parent) for table in tables] + [Source.parse(text) for text in source_texts]
+    return PrepareRequest(sources=tuple(sources), **content)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as "500MB", "1GiB" or "1000000"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B|)", text.strip().upper())
+    if not match:
+        raise UserError(f"size {text!r}: expected a number with KB, MB, GB, KiB, MiB, GiB or nothing.")
+    return int(float(match[1]) * _SIZE_UNITS[match[2]])
+
+
+def _read_toml(path: Path) -> dict:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"corpus file {path} cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"corpus file {path} is not valid TOML: {error}.") from error
-    tables = content.pop("source", [])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise UserError(f"corpus file {path}: write each source as a table headed [[source]].")
+
+
+def _check_types(content: dict, path: Path | None) -> None:
     types = {item.name: item.type for item in fields(PrepareRequest) if item.name != "sources"}
     if unknown := sorted(set(content) - set(types)):
-        raise UserError(f"corpus file {path}: {', '.join(unknown)} is not known; known are {', '.join(sorted(types))}.")
-    content = {**content, **{key: value for key, value in overrides.items() if value is not None}}
-    if "tokenizer" not in content:
-        raise UserError(f"corpus file {path} names no tokenizer: add `tokenizer = ...`, or give --tokenizer.")
+        raise UserError(f"{path}: {', '.join(unknown)} is not known; known are {', '.join(sorted(types))}.")
     for key, value in content.items():
         expected = {str: str, float: (int, float)}.get(types[key], int)
         if not isinstance(value, expected) or isinstance(value, bool):
-            raise UserError(f"corpus file {path}: {key} = {value!r} has the wrong type.")
-    return PrepareRequest(sources=tuple(_source(table, path.parent) for table in tables), **content)
+            raise UserError(f"{path}: {key} = {value!r} has the wrong type.")
 
 
 def _source(table: dict, folder: Path) -> Source:

@@ -7,8 +7,10 @@ The reference is `tokenizers`, the library that runs the teacher's own file. Mos
 times faster, behind a guard that keeps the ids those of the reference:
 
 - a code point is trusted once both have encoded it alike in several contexts; a document with any other code point goes
-  to the reference. What was tried is remembered, so this costs nothing after the first documents.
-- a sample of all documents is encoded by both; a difference stops the run and names the document.
+  to the reference. What was tried is remembered, so this costs nothing after the first documents;
+- a document in which a special token is spelled out, such as "[SEP]", goes to the reference too, and so does a very
+  short one, which may come to nothing: there the two differ;
+- a sample of all documents is encoded by both; a difference stops the run and names the document;
 - a tokenizer that tokie cannot read, or reads otherwise on a page of text in many scripts, is left to the reference.
 
 Documents too long to be encoded in little memory are cut at seams: a single space or newline between two letters or
@@ -33,16 +35,17 @@ from data_prep.seams import Seams, find_seams
 
 PIECE_CHARACTERS = 1 << 16
 CHECK_EVERY = 1024  # one document in so many is encoded by both
+SHORT_CHARACTERS = 16
 _SEPARATOR = b"\xff"  # never occurs in UTF-8
-_CONTEXTS = ("{0}", "a{0}b", "é{0}{0}é", "中{0} {0}1")
-_UNKNOWN, _TRUSTED, _DISTRUSTED = 0, 1, 2
+_CONTEXTS = ("{0}.", "x {0}", "a{0}b", "é{0}{0}é", "中{0} {0}1")
+_UNKNOWN, _TRUSTED, _DISTRUSTED = range(3)
 _PROBES = (
     "The quick (brown) fox, it's 3.5 metres -- nearly!\tSee https://example.org/a_b?c=d\n\n  the lazy dog's back.",
     "À l'école, naïve façade œuvre; straße İstanbul Łódź; cafe\u0301 Việt",
     "Москва — столица; Αθήνα τέλος",
     "中文字符。日本語カタカナ 한국어 ไทยภาษา",
     "مرحبا بكم שלום नमस्ते 🙂👨\u200d👩 ½ ① Ａ",
-    "[CLS] [SEP] [MASK] <s> </s> <mask>, <unk>.[PAD] ##ing ▁a " + "x" * 250 + " " + "9" * 130,
+    "##ing ▁a ＜mask＞ [ｍａｓｋ] " + "x" * 250 + " " + "9" * 130,
 )
 
 
@@ -64,6 +67,7 @@ class Encoder:
         self._reference = Backend.from_str(canonical_json)
         self._fast = _load_fast(canonical_json) if mode == "auto" else None
         self._trust = np.zeros(0x110000, dtype=np.uint8)
+        self._added_tokens = [token["content"] for token in json.loads(canonical_json).get("added_tokens", ())]
         if self._fast is not None and not self._agree(_PROBES):
             self._fast = None
         self.versions = {
@@ -112,18 +116,20 @@ class Encoder:
 
     def _encode_pieces(self, texts: Sequence[str], counts: Counter) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids, lengths, and which texts went the fast way."""
-        trusted = self._trusted(texts)
-        if trusted.all():
-            ids, lengths = self._encode_fast(texts)
-        elif trusted.any():
-            ids, lengths = self._merge(texts, trusted)
-        else:
-            ids, lengths = self._encode_by_reference(texts)
+        trusted = self._trusted(texts, counts)
+        ids, lengths = self._encode_each(texts, trusted)
+        if (nothing := trusted & (lengths <= 1)).any():
+            trusted &= ~nothing
+            ids, lengths = self._encode_each(texts, trusted)
         self._check_sample(texts, ids, lengths, trusted, counts)
         return ids, lengths, trusted
 
-    def _merge(self, texts: Sequence[str], trusted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_each(self, texts: Sequence[str], trusted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Encodes each text its own way and lays the ids in the order of the texts."""
+        if trusted.all():
+            return self._encode_fast(texts)
+        if not trusted.any():
+            return self._encode_by_reference(texts)
         lengths = np.zeros(len(texts), dtype=np.int64)
         sides = []
         for chosen, encode in ((trusted, self._encode_fast), (~trusted, self._encode_by_reference)):
@@ -163,27 +169,35 @@ class Encoder:
 
     # The guard
 
-    def _trusted(self, texts: Sequence[str]) -> np.ndarray:
+    def _trusted(self, texts: Sequence[str], counts: Counter) -> np.ndarray:
         """Which texts have trusted code points only; tries those that were never seen before."""
-        if self._fast is None:
-            return np.zeros(len(texts), dtype=bool)
         joined = "".join(texts)
         plain = joined.encode()
-        if len(plain.translate(None, self._doubtful_ascii)) == len(plain):
+        counts["text_bytes"] += len(plain)
+        if self._fast is None:
+            return np.zeros(len(texts), dtype=bool)
+        long_enough = np.array([len(text) >= SHORT_CHARACTERS for text in texts], dtype=bool)
+        if len(plain.translate(None, self._doubtful_ascii)) == len(plain) and not self._spells_added_token(joined):
             if joined.isascii():
-                return np.ones(len(texts), dtype=bool)
+                return long_enough
             points = np.frombuffer(joined.encode("utf-32-le"), dtype="<u4")
             foreign = points[points > 127]  # a small part of most texts
             self._try_unknown(foreign)
             if self._trust.take(foreign).max(initial=_TRUSTED) == _TRUSTED:
-                return np.ones(len(texts), dtype=bool)
-        points = np.frombuffer(joined.encode("utf-32-le"), dtype="<u4")
+                return long_enough
+        return long_enough & self._trusted_one_by_one(texts)
+
+    def _trusted_one_by_one(self, texts: Sequence[str]) -> np.ndarray:
+        points = np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4")
         self._try_unknown(points)
         filled = [number for number, text in enumerate(texts) if text]
         starts = np.cumsum([0] + [len(texts[number]) for number in filled])[:-1]
         trusted = np.ones(len(texts), dtype=bool)
         trusted[filled] = np.maximum.reduceat(self._trust.take(points), starts) == _TRUSTED
-        return trusted
+        return trusted & ~np.array([self._spells_added_token(text) for text in texts], dtype=bool)
+
+    def _spells_added_token(self, text: str) -> bool:
+        return any(token in text for token in self._added_tokens)
 
     def _try_unknown(self, points: np.ndarray) -> None:
         unknown = points[self._trust.take(points) == _UNKNOWN]
@@ -191,15 +205,9 @@ class Encoder:
             self._try_code_points(np.unique(unknown))
 
     def _try_code_points(self, points: np.ndarray) -> None:
-        """Encodes each code point in several contexts both ways, and notes whether the ids were always the same."""
+        """Encodes code points in several contexts both ways, and notes which gave the same ids."""
         texts = [context.format(chr(point)) for point in points for context in _CONTEXTS]
-        fast, reference = self._encode_fast(texts), self._encode_by_reference(texts)
-        same = fast[1] == reference[1]
-        both = np.repeat(same, fast[1]), np.repeat(same, reference[1])
-        differing = fast[0][both[0]] != reference[0][both[1]]
-        owner = np.repeat(np.flatnonzero(same), fast[1][same])
-        same[owner[differing]] = False
-        alike = same.reshape(len(points), len(_CONTEXTS)).all(axis=1)
+        alike = _same_groups(self._encode_fast(texts), self._encode_by_reference(texts), len(_CONTEXTS))
         self._trust[points] = np.where(alike, _TRUSTED, _DISTRUSTED)
 
     def _check_sample(self, texts, ids, lengths, trusted, counts: Counter) -> None:
@@ -218,6 +226,15 @@ class Encoder:
     def _seams(self) -> Seams | None:
         """How long texts may be cut; None if this tokenizer must see them whole."""
         return find_seams(json.loads(self._json), lambda texts: self._encode_by_reference(texts)[0])
+
+
+def _same_groups(first: tuple, second: tuple, group_texts: int) -> np.ndarray:
+    """Which groups of texts have the same ids in two encodings, each given as flat ids and lengths."""
+    same = first[1] == second[1]
+    ids = [encoded[0][np.repeat(same, encoded[1])] for encoded in (first, second)]
+    owner = np.repeat(np.flatnonzero(same), first[1][same])
+    same[owner[ids[0] != ids[1]]] = False
+    return same.reshape(-1, group_texts).all(axis=1)
 
 
 def _load_fast(canonical_json: str):
