@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 # Centred scores up to this size are exponentiated as they are: exp(64) * 2^20 positions is far below the largest fp32,
 # and a row whose largest score is at least 0 sums to at least 1. Beyond it, each row's maximum is taken off first.
 _SAFE_SCORE = 64.0
-# Scores of a block; the teacher's and the student's in fp32 take 1 MiB, half of a usual L2 cache.
-_BLOCK_SCORES = 1 << 17
+# Scores of a block, 2 MiB in fp32: the smallest for which calling the operations costs little beside computing them.
+_BLOCK_SCORES = 1 << 19
 
 
 def blockwise_losses(
