@@ -10,7 +10,6 @@ import click
 
 from data_prep.errors import UserError
 
-SCRIPT = Path(__file__).resolve().parent / "distill.sh"
 EXIT_USER_ERROR = 2
 
 
@@ -74,10 +73,11 @@ def _recipe_options(command):
     return command
 
 
-@minilm.command(context_settings={"ignore_unknown_options": False})
+@minilm.command()
 @_recipe_options
 @click.option("--num-gpus", type=click.IntRange(min=1), help="Ranks on this machine; without GPUs, CPU processes.")
-def distill(recipe: str, ds_config: str, resume: str, stop_at: int | None, overrides, num_gpus: int | None) -> None:
+@click.option("--max-restarts", type=click.IntRange(min=0), default=0, show_default=True, help="After a crash.")
+def distill(recipe, ds_config, resume, stop_at, overrides, num_gpus, max_restarts) -> None:
     """Distill a student on this machine: checks everything, then runs `deepspeed launch/distill.sh`.
 
     \b
@@ -85,6 +85,7 @@ def distill(recipe: str, ds_config: str, resume: str, stop_at: int | None, overr
       minilm distill --recipe demo --num-gpus 2
       minilm distill --recipe my.toml optimizer.peak_lr=3e-4 run.output=/data/run2
     """
+    from launch import supervise
     from pipeline import config, engine, trainer
 
     trainer.preflight(
@@ -93,14 +94,10 @@ def distill(recipe: str, ds_config: str, resume: str, stop_at: int | None, overr
         world_size=num_gpus or engine.local_devices(),
         resume=resume,
     )
-    command = ["deepspeed"]
-    command += [f"--num_gpus={num_gpus}"] if num_gpus else []
-    command += [str(SCRIPT), "--recipe", recipe, "--ds-config", ds_config, "--resume", resume]
-    command += ["--stop-at", str(stop_at)] if stop_at else []
-    sys.stdout.flush()
-    # The launcher that belongs to this Python, whatever the shell's PATH says.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    os.execvp("deepspeed", [*command, *overrides])
+    arguments = ["--recipe", recipe, "--ds-config", ds_config, "--resume", resume, *overrides]
+    arguments += ["--stop-at", str(stop_at)] if stop_at else []
+    arguments += ["--num_gpus", str(num_gpus)] if num_gpus else []
+    sys.exit(supervise.launch([*arguments, "--max-restarts", str(max_restarts)]))
 
 
 @click.command()
@@ -127,7 +124,10 @@ def _quiet_libraries() -> None:
 
 def distill_rank() -> None:
     """One rank of `launch/distill.sh`, started by deepspeed, torchrun or srun."""
+    from launch.supervise import RankStatus
+
     _quiet_libraries()
+    status = RankStatus()
     try:
         code = _distill_rank.main(prog_name="distill.sh", standalone_mode=False)
     except (UserError, click.ClickException) as error:
@@ -137,6 +137,7 @@ def distill_rank() -> None:
         else:
             time.sleep(3)  # the launcher ends all ranks with the first: leave local rank 0 time for the message
         code = EXIT_USER_ERROR
+    status.write(code)
     sys.exit(code)
 
 

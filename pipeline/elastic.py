@@ -2,9 +2,9 @@
 
 DeepSpeed's own offline tool writes a checkpoint out as one folder a parameter (`fp32.pt`, `exp_avg.pt`,
 `exp_avg_sq.pt`, `step.pt`: its universal format). That is done once, by rank 0, and kept beside the checkpoint. Each
-rank then puts its share of every tensor into the engine through DeepSpeed's per-parameter interface. DeepSpeed's own reader
-of that format is not used: it cannot change between stage 3 and the others, and at stage 3 gives all parameter groups
-the settings of the first, so that norms and biases would start to decay.
+rank then puts its share of every tensor into the engine through DeepSpeed's per-parameter interface. DeepSpeed's own
+reader of that format is not used: it cannot change between stage 3 and the others, and at stage 3 gives all parameter
+groups the settings of the first, so that norms and biases would start to decay.
 """
 
 import shutil

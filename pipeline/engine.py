@@ -193,7 +193,7 @@ def _compiled_cpu_adam():
     if not (shutil.which("g++") and shutil.which("ninja")):
         raise UserError(
             "offloading the optimizer compiles DeepSpeed's CPU Adam, which needs g++ and ninja on the PATH. Install "
-            'them, or set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration to use PyTorch\'s slower one.'
+            'them, or set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration to use PyTorch\'s own.'
         )
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: "saved, start me again"
+_LAUNCHER_WORDS = (b"deepspeed", b"deepspeed.launcher.launch", b"deepspeed.launcher.runner", b"--launch")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -40,7 +41,7 @@ class StopRequest:
 
 
 def _launcher_ancestors() -> list[tuple[int, int]]:
-    """(process, its parent) from this one upwards, as far as DeepSpeed's launcher reaches.
+    """(process, its parent) from this one upwards, as far as DeepSpeed's launcher and ours (launch/supervise.py) reach.
 
     DeepSpeed's launcher forwards no signal and leaves its ranks running when it dies; a change of these parents tells.
     Any other parent (a shell, a scheduler) may end without meaning us.
@@ -51,7 +52,7 @@ def _launcher_ancestors() -> list[tuple[int, int]]:
             command = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
         except OSError:
             break
-        if not any(b"deepspeed" in word for word in command[:4]):
+        if not any(word.rpartition(b"/")[2] in _LAUNCHER_WORDS for word in command[:5]):
             break
         pairs.append((pid, parent))
         pid = parent

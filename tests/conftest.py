@@ -111,7 +111,13 @@ def runs(distill, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return both
 
 
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
 def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,0 +1,152 @@
+"""Run DeepSpeed's launcher, and tell the truth about how it ended.
+
+The launcher forwards no signal to its ranks, may exit 0 after they were killed, and leaves them running when it dies
+itself. So this process starts it apart from the terminal, hands signals to the ranks of this machine all at once,
+outlives the last of them, and exits with what they say of themselves. With `--max-restarts` it starts a job that has
+crashed again; the job resumes from its newest whole checkpoint.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+
+SCRIPT = Path(__file__).resolve().parent / "distill.sh"
+JOB = "MINILM_JOB"
+STATUS = "MINILM_STATUS"
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+FINAL_CODES = (0, 2, 75)  # done, the user's mistake, asked to stop
+GRACE_SECONDS = 120
+RESTART_SECONDS = 5
+_LAUNCHER_VALUES = (
+    *("--num_gpus", "--num_nodes", "--hostfile", "--include", "--exclude", "--node_rank"),
+    *("--master_addr", "--master_port", "--launcher", "--launcher_args"),
+)
+_LAUNCHER_FLAGS = ("--no_ssh", "--force_multi")
+
+
+def launch(arguments: list[str]) -> int:
+    """Start a job on this machine, or from it, and return its exit code.
+
+    Args:
+        arguments: options of `deepspeed` (such as --num_gpus 2), `--max-restarts N`, and those of a rank, mixed.
+
+    Returns:
+        0 done; 2 a user's mistake; 75 stopped by a signal and saved; else the job has crashed.
+    """
+    launcher, ranks, restarts = split_arguments(arguments)
+    job = _Job([_deepspeed(), *launcher, str(SCRIPT), *ranks])
+    while True:
+        code = job.run()
+        if code in FINAL_CODES and (code != 75 or job.signalled) or job.signalled or restarts == 0:
+            return code
+        restarts -= 1
+        print(f"the job ended with code {code}; starting it again ({restarts} restarts left)", file=sys.stderr)
+        time.sleep(RESTART_SECONDS)
+
+
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str], int]:
+    """(options of the launcher, arguments of the ranks, how often to restart)."""
+    launcher: list[str] = []
+    ranks: list[str] = []
+    restarts = "0"
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if name in _LAUNCHER_FLAGS:
+            launcher.append(word)
+        elif name in (*_LAUNCHER_VALUES, "--max-restarts"):
+            if not equals and not rest:
+                sys.exit(f"distill: error: {name} needs a value")
+            value = value if equals else rest.pop(0)
+            if name == "--max-restarts":
+                restarts = value
+            else:
+                launcher.append(f"{name}={value}")
+        else:
+            ranks.append(word)
+    if not restarts.isdigit():
+        print(f"distill: error: --max-restarts takes a number, not {restarts!r}", file=sys.stderr)
+        sys.exit(2)
+    return launcher, ranks, int(restarts)
+
+
+class RankStatus:
+    """What a rank says of itself: a file that reads `running`, then its exit code; nothing without a supervisor."""
+
+    def __init__(self) -> None:
+        folder = os.environ.get(STATUS)
+        self._path = Path(folder) / os.environ.get("RANK", "0") if folder and Path(folder).is_dir() else None
+        self.write("running")
+
+    def write(self, status: int | str) -> None:
+        if self._path is not None:
+            self._path.write_text(str(status))
+
+
+class _Job:
+    """One job: its launcher, its ranks on this machine, and the signals on their way to them."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._command, self._name = command, uuid.uuid4().hex
+        self.signalled = False
+        for number in FORWARDED:
+            signal.signal(number, self._forward)
+
+    def run(self) -> int:
+        status = Path(tempfile.mkdtemp(prefix="minilm-status-"))
+        environment = {**os.environ, JOB: self._name, STATUS: str(status)}
+        try:
+            launcher = subprocess.Popen(self._command, env=environment, start_new_session=True)
+            code = launcher.wait()
+            self._outlive_ranks()
+            return _verdict(code, [path.read_text() for path in status.iterdir()])
+        finally:
+            shutil.rmtree(status, ignore_errors=True)
+
+    def _forward(self, number: int, frame) -> None:
+        self.signalled = True
+        for rank in self._ranks():
+            rank.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+
+    def _ranks(self) -> list[psutil.Process]:
+        """Processes of this job that are ranks, not their launcher and not their own helpers."""
+        found = {}
+        for process in psutil.process_iter():
+            try:
+                environment = process.environ()
+                if environment.get(JOB) == self._name and "LOCAL_RANK" in environment:
+                    found[process.pid] = process
+            except psutil.Error:
+                continue
+        return [process for process in found.values() if process.ppid() not in found]
+
+    def _outlive_ranks(self) -> None:
+        """Wait for ranks that the launcher left behind: they save and leave by themselves, or are made to."""
+        for action in (None, psutil.Process.terminate, psutil.Process.kill):
+            ranks = self._ranks()
+            for rank in ranks if action else []:
+                action(rank)
+            if not psutil.wait_procs(ranks, timeout=GRACE_SECONDS)[1]:
+                return
+
+
+def _verdict(launcher_code: int, statuses: list[str]) -> int:
+    """The ranks' own word if they all left one, and the same; else the launcher's, but never success."""
+    if statuses and len(set(statuses)) == 1 and statuses[0] != "running":
+        return int(statuses[0])
+    return launcher_code if launcher_code > 0 else 1
+
+
+def _deepspeed() -> str:
+    """The launcher that belongs to this Python, whatever the shell's PATH says."""
+    beside = Path(sys.executable).parent / "deepspeed"
+    return str(beside) if beside.is_file() else "deepspeed"

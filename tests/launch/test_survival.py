@@ -1,0 +1,115 @@
+"""Runs that are killed: what is left behind, what the exit code says, and whether the next start goes on from there."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from pipeline.checkpoint import read_weights
+from pipeline.monitor import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "distill.sh"
+BIN = Path(sys.executable).parent
+LONG = ["optimizer.steps=100000", "checkpoint.every_steps=100000"]
+pytestmark = pytest.mark.slow
+
+
+class Job:
+    """A job under the launch script, its output going to a file."""
+
+    def __init__(self, folder, port, *arguments):
+        self.log = folder / "log.txt"
+        self.output = folder / "run"
+        self._mark = f"run.output={self.output}"
+        command = ["bash", SCRIPT, "--num_gpus=2", f"--master_port={port}", "--recipe", "demo", *arguments, self._mark]
+        environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
+
+    def wait_for_step(self, step, seconds=120):
+        deadline = time.monotonic() + seconds
+        while not any(record["step"] >= step for record in read_metrics(self.output, "train")):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+
+    def processes(self, *words):
+        """Of this job: those whose command line has all the words."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                line = " ".join(process.cmdline())
+            except psutil.Error:
+                continue
+            if self._mark in line and all(word in line for word in words):
+                found.append(process)
+        return found
+
+    def ranks(self):
+        return self.processes("--local_rank=")
+
+    def wait_until_gone(self, seconds):
+        _, alive = psutil.wait_procs(self.processes(), timeout=seconds)
+        assert not alive, self.log.read_text()
+
+    def saved_steps(self):
+        records = (self.output / "checkpoints").glob("*/complete.json")
+        return sorted(int(record.parent.name.removeprefix("step-")) for record in records)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_signal_saves_within_30_seconds_and_exits_75(number, small_run, tmp_path, port):
+    job = Job(tmp_path, port, *small_run, *LONG)
+    job.wait_for_step(3)
+    began = time.monotonic()
+    job.process.send_signal(number)
+    assert job.process.wait(60) == 75
+    assert time.monotonic() - began < 30
+    job.wait_until_gone(5)
+    (step,) = job.saved_steps()
+    assert step == max(record["step"] for record in read_metrics(job.output, "train"))
+
+
+@pytest.mark.parametrize("victim", ["deepspeed", "deepspeed.launcher.launch"])
+def test_no_orphans_when_a_launcher_is_killed(victim, small_run, tmp_path, port):
+    job = Job(tmp_path, port, *small_run, *LONG)
+    job.wait_for_step(2)
+    (process,) = [p for p in job.processes("--master_port") if _is_launcher(p, victim)]
+    process.kill()
+    assert job.process.wait(90) == 75
+    job.wait_until_gone(5)
+    assert job.saved_steps() and re.search("stopping: (the launcher is gone|another rank)", job.log.read_text())
+
+
+def test_a_killed_rank_ends_the_job_and_a_restart_gives_the_same_weights(runs, small_run, tmp_path, port):
+    arguments = [*small_run, "checkpoint.every_steps=2", "--max-restarts=2"]
+    job = Job(tmp_path, port, *arguments)
+    job.wait_for_step(3)
+    job.ranks()[1].kill()
+    assert job.process.wait(180) == 0, job.log.read_text()
+    assert "starting it again" in job.log.read_text() and "resumed from step" in job.log.read_text()
+    ours = read_weights(job.output / "checkpoints" / "step-00000006")
+    undisturbed = read_weights(runs.unbroken / "checkpoints" / "step-00000006")
+    assert all(torch.equal(ours[name], undisturbed[name]) for name in undisturbed)
+    job.wait_until_gone(5)
+
+
+def test_a_crash_is_not_called_success(small_run, tmp_path, port):
+    job = Job(tmp_path, port, *small_run, *LONG)
+    job.wait_for_step(2)
+    job.ranks()[0].kill()
+    assert job.process.wait(120) not in (0, 2, 75)
+    job.wait_until_gone(5)
+
+
+def _is_launcher(process, victim):
+    words = [Path(word).name for word in process.cmdline()[:5]]
+    return victim in words
