@@ -5,6 +5,7 @@ paragraphs, headings, list items and the words of links. Templates, tables, refe
 categories, comments and switches such as `__TOC__` go, and so do headings under which nothing is left.
 """
 
+import codecs
 import functools
 import html
 import re
@@ -29,7 +30,7 @@ _INTERWIKI = re.compile(r"[a-z]{2,3}(?:-[a-z-]+)?$|simple$|wikt(?:ionary)?$|comm
 _LEFTOVER = re.compile(
     # markup that the parser took for text because it was never closed
     r"<(ref|gallery|math|timeline|table)\b[^<>]*?(?:/>|>.*?</\1\s*>)|</?[a-z]+(?:\s[^<>]*)?/?>"
-    r"|^[ \t]*(?:[|!]|\{\||(?:File|Image):)[^\n]*$|\{\{|\}\}|\[\[|\]\]",
+    r"|^[ \t]*(?:[|!]|\{\||(?:\[\[)?(?:File|Image):)[^\n]*$|\{\{|\}\}|\[\[|\]\]",
     re.DOTALL | re.IGNORECASE | re.MULTILINE,
 )
 _EMPTY_PARENTHESES = re.compile(r" ?\((?:[\s,;:]|see)*\)")
@@ -51,6 +52,9 @@ def dropped_namespaces(path: str) -> frozenset[str]:
 
 def parse_pages(block: Block) -> Iterator[Document | BadRecord]:
     """The articles in a block of a dump, as `title`, an empty line and the clean text."""
+    if block.data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        yield BadRecord(block.path, block.offset_bytes, "a dump in UTF-16, not UTF-8")
+        return
     names = dropped_namespaces(block.path)
     for match in _PAGE.finditer(block.data):
         try:
