@@ -35,8 +35,11 @@ class Architecture:
         first_position: number of the first position in the position table; None: one more than the padding id.
         feed_forward_size: the configuration's name of the inner size of the feed-forward.
         dropouts: the configuration's names of the dropout rates that the backbone uses.
+        rotary: positions turn pairs of a head's dimensions, so that heads must have an even width.
         mask: how the backbone takes its attention mask, see `RelationEncoder`.
-        word_embeddings: the word embeddings; `tables` are other embeddings added to them.
+        word_embeddings: the word embeddings.
+        positions: the position embeddings, if there are any.
+        tables: other embeddings that are added to the words'.
     """
 
     layers: str = "encoder.layer"
@@ -51,8 +54,10 @@ class Architecture:
     first_position: int | None = 0
     feed_forward_size: str = "intermediate_size"
     dropouts: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    rotary: bool = False
     mask: str = "scores"
     word_embeddings: str = "embeddings.word_embeddings"
+    positions: str = "embeddings.position_embeddings"
     tables: tuple[str, ...] = ("embeddings.position_embeddings", "embeddings.token_type_embeddings")
 
     def layer_list(self, backbone: PreTrainedModel) -> nn.ModuleList:
@@ -97,6 +102,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         final=("final_norm",),
         has_pooler=False,
         dropouts=("embedding_dropout", "mlp_dropout", "attention_dropout"),
+        rotary=True,
         mask="sliding",
         word_embeddings="embeddings.tok_embeddings",
         tables=(),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
+from pipeline import student_init
 from pipeline.architectures import Architecture, architecture_of, position_limit
 from pipeline.relations import QKV
 
@@ -200,7 +201,7 @@ def load_teacher(
     config = teacher_config(model, trust_remote_code)
     if not 1 <= layer <= config.num_hidden_layers:
         raise UserError(f"teacher layer {layer} does not exist: {model} has layers 1 to {config.num_hidden_layers}")
-    backbone = _load_backbone(model, _with_layers(config, layer), dtype, trust_remote_code)
+    backbone = _load_backbone(model, with_layers(config, layer), dtype, trust_remote_code)
     return RelationEncoder(backbone).to(device).eval().requires_grad_(False)
 
 
@@ -208,7 +209,7 @@ def _location(model: str) -> str:
     return os.path.expanduser(model)
 
 
-def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     """A copy of the configuration with another number of layers."""
     values = config.to_dict()
     values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = layers
@@ -280,6 +281,7 @@ def build_student(
     dropout: float = 0.1,
     seed: int = 1,
     teacher_model: str | None = None,
+    trust_remote_code: bool = False,
 ) -> RelationEncoder:
     """A student in train mode, its tail frozen.
 
@@ -292,19 +294,28 @@ def build_student(
         dropout: of hidden states and attention, in [0, 1).
         seed: of the random weights.
         teacher_model: where the teacher's weights are, for an `init` that uses them.
+        trust_remote_code: run the code that comes with the teacher.
 
     Raises:
         UserError: family, init or tail_init is unknown, or the shape does not fit the architecture.
     """
     from transformers import AutoModel
 
-    if init != "random" or tail_init != "random":
-        raise UserError(f"init = {init!r}, tail_init = {tail_init!r}: only 'random' is known")
+    kind, layers = student_init.parse_init(init, shape.layers, teacher.num_hidden_layers)
+    if tail_init not in student_init.TAIL_INITS:
+        raise UserError(f"tail_init {tail_init!r} is unknown; choose one of {', '.join(student_init.TAIL_INITS)}")
+    if kind != "random" and teacher_model is None:
+        raise UserError(f"student init {init!r} needs the teacher's weights")
     config = student_config(shape, teacher, family=family, dropout=dropout)
     options = {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = RelationEncoder(AutoModel.from_config(config, dtype=torch.float32, **options))
+    if kind != "random":
+        weights = _load_backbone(teacher_model, teacher, torch.float32, trust_remote_code)
+        student_init.start_from_teacher(encoder, weights, kind, layers)
+    if tail_init == "identity":
+        student_init.clear_tail(encoder)
     for name in tail_parameter_names(encoder):
         encoder.get_parameter(name).requires_grad_(False)
     return encoder.train()
@@ -314,8 +325,13 @@ def student_config(shape: StudentShape, teacher: PretrainedConfig, *, family: st
     """The student's configuration: the teacher's, or BERT's, with the student's sizes and dropout."""
     if family not in FAMILIES:
         raise UserError(f"student family {family!r} is unknown; choose one of {', '.join(FAMILIES)}")
-    config = _with_layers(teacher if family == "teacher" else _bert_config(teacher), shape.layers)
+    config = with_layers(teacher if family == "teacher" else _bert_config(teacher), shape.layers)
     row = architecture_of(config)
+    if row.rotary and shape.hidden // shape.heads % 2:
+        raise UserError(
+            f"{config.model_type} needs attention heads of an even width; {shape.heads} heads of a hidden size of "
+            f"{shape.hidden} are {shape.hidden // shape.heads} wide"
+        )
     if getattr(config, "embedding_size", None) == config.hidden_size:
         config.embedding_size = shape.hidden
     config.hidden_size = shape.hidden
