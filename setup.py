@@ -27,6 +27,7 @@ setup(
         "mwparserfromhell",
         "tokie==0.1.4",
         "click>=8.1",
+        "psutil",
         "pydantic>=2.7",
         "rich",
         "tqdm",

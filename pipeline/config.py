@@ -55,13 +55,16 @@ class Teacher:
     Attributes:
         model: hub id or local folder.
         layer: whose queries, keys and values are learned; the first layer is 1.
-        placement: a replica per rank, or its own ZeRO-3 engine.
+        placement: a replica on every rank, or partitioned over the ranks by ZeRO-3, its pieces on the device, in the
+            host's memory, or on NVMe; "auto" decides by the memory that is free and says why.
+        nvme_path: folder on a fast local disk, for "zero3_nvme".
         trust_remote_code: run model code that comes with the weights.
     """
 
     model: str
     layer: Positive
-    placement: Literal["auto", "replica"] = "auto"
+    placement: Literal["auto", "replica", "zero3", "zero3_cpu", "zero3_nvme"] = "auto"
+    nvme_path: str | None = None
     trust_remote_code: bool = False
 
 
@@ -186,7 +189,8 @@ class Recipe:
         sections["run"] = {"seed": self.run.seed}
         for name in ("checkpoint", "logging"):
             del sections[name]
-        del sections["teacher"]["placement"]
+        for name in ("placement", "nvme_path"):
+            sections["teacher"].pop(name, None)
         del sections["relations"]["implementation"]
         return sections
 

@@ -117,7 +117,7 @@ def init_distributed(*, timeout_seconds: int = 1800) -> None:
     if not torch.cuda.is_available():
         # Without this DeepSpeed compiles a shared-memory op for a minute at the first start; gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        local_ranks = ranks_on_this_machine()
         if "OMP_NUM_THREADS" not in os.environ or local_ranks > 1:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     deepspeed.init_distributed(
@@ -126,6 +126,10 @@ def init_distributed(*, timeout_seconds: int = 1800) -> None:
         verbose=False,
         timeout=timedelta(seconds=timeout_seconds),
     )
+
+
+def ranks_on_this_machine() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
 
 
 def device() -> torch.device:

@@ -22,10 +22,10 @@ from data_prep import durable, samples
 from data_prep.errors import UserError
 from data_prep.shards import Corpus
 from data_prep.tokenizer import Tokenizer
-from pipeline import checkpoint, config, engine
+from pipeline import checkpoint, config, engine, placement
 from pipeline.config import Recipe
 from pipeline.loader import Batch, DataOptions, Loader, validation_batches
-from pipeline.models import StudentShape, build_student, load_teacher, position_limit, teacher_config
+from pipeline.models import StudentShape, build_student, position_limit, teacher_config
 from pipeline.monitor import PhaseTimer, RunLog
 from pipeline.relations import RelationLoss, relation_loss
 from pipeline.stopping import EXIT_REQUEUE, StopRequest
@@ -97,13 +97,13 @@ class Distillation:
         order = {name: value for name, value in dataclasses.asdict(recipe.data).items() if name != "corpus"}
         self.options = DataOptions(seed=recipe.run.seed, **order)
         student = self._build_student()
-        self.teacher = load_teacher(
-            recipe.teacher.model,
-            layer=recipe.teacher.layer,
+        where = placement.choose(
+            recipe.teacher,
             dtype=engine.compute_dtype(ds_config),
-            device=str(self.device),
-            trust_remote_code=recipe.teacher.trust_remote_code,
+            free_bytes=placement.free_bytes(engine.ranks_on_this_machine()),
+            world_size=self.world_size,
         )
+        self.teacher = placement.start_teacher(recipe.teacher, where, ds_config)
         if self.rank == 0:
             self._describe_run(student, ds_config)
         self.student = engine.start_student(student, recipe.optimizer, ds_config)
@@ -118,6 +118,7 @@ class Distillation:
             first_step=self.step,
             is_main=self.rank == 0,
         )
+        self.log.say(f"teacher: {where.kind} ({where.reason})")
         self.timer = PhaseTimer(self.device)
         self.micro_batch_samples = ds_config["train_micro_batch_size_per_gpu"]
         self.accumulation_steps = ds_config["gradient_accumulation_steps"]

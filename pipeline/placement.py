@@ -1,0 +1,164 @@
+"""Where the teacher's weights live: a replica on every rank, or partitioned over the ranks in a ZeRO-3 engine.
+
+A partitioned teacher is built empty inside `zero.Init`, so that every parameter is cut as soon as it exists, and filled
+tensor by tensor from its safetensors files: no rank ever holds the whole. Its engine has no optimizer.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from data_prep.errors import UserError
+from pipeline.architectures import architecture_of
+from pipeline.config import Teacher
+from pipeline.engine import compute_dtype, device, import_deepspeed
+from pipeline.models import RelationEncoder, load_teacher, teacher_config, with_layers
+
+REPLICA_SHARE = 0.25  # of the memory that is free: the rest is for the student, its optimizer and activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What was decided, and why, in words for the log."""
+
+    kind: str
+    reason: str
+
+
+def choose(teacher: Teacher, *, dtype: torch.dtype, free_bytes: int, world_size: int) -> Placement:
+    """Resolve `teacher.placement`; "auto" takes a replica where it fits into a share of the free memory.
+
+    Args:
+        teacher: of the recipe.
+        dtype: of the weights.
+        free_bytes: memory that is free on this rank's device.
+        world_size: ranks to partition over.
+    """
+    if teacher.placement != "auto":
+        return Placement(kind=teacher.placement, reason="as the recipe says")
+    parameters = count_parameters(teacher)
+    needed = parameters * dtype.itemsize
+    words = f"{parameters / 1e6:,.0f} M parameters take {needed / 2**30:.2f} of {free_bytes / 2**30:.1f} GiB free"
+    if needed <= REPLICA_SHARE * free_bytes:
+        return Placement(kind="replica", reason=words)
+    if world_size > 1 and needed / world_size <= REPLICA_SHARE * free_bytes:
+        return Placement(kind="zero3", reason=f"{words}; {world_size} ranks share them")
+    return Placement(kind="zero3_cpu", reason=f"{words}, too much even for a share of {world_size} ranks")
+
+
+def count_parameters(teacher: Teacher) -> int:
+    """Of the teacher up to its layer; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in _empty_backbone(teacher).parameters())
+
+
+def free_bytes(local_ranks: int) -> int:
+    """Memory free for this rank: on its GPU, or its share of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available // local_ranks
+
+
+def start_teacher(teacher: Teacher, placement: Placement, ds_config: dict[str, Any]) -> nn.Module:
+    """The frozen teacher, in eval mode, ending at the projections of its layer.
+
+    Args:
+        teacher: of the recipe.
+        placement: of `choose`.
+        ds_config: the run's merged DeepSpeed configuration; its precision is the teacher's.
+
+    Returns:
+        A module whose forward is `RelationEncoder.forward`.
+    """
+    dtype = compute_dtype(ds_config)
+    if placement.kind == "replica":
+        trust = teacher.trust_remote_code
+        return load_teacher(teacher.model, layer=teacher.layer, dtype=dtype, device=device(), trust_remote_code=trust)
+    deepspeed = import_deepspeed()
+    config = _zero3_config(teacher, placement.kind, ds_config)
+    with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype), _default_dtype(dtype):
+        encoder = RelationEncoder(_empty_backbone(teacher)).requires_grad_(False)
+    _fill(encoder.backbone, weight_files(teacher.model))
+    engine, *_ = deepspeed.initialize(model=encoder.eval(), config=config, dist_init_required=False)
+    engine.eval()
+    return engine
+
+
+def weight_files(model: str) -> list[Path]:
+    """The safetensors files of a local folder or a hub model."""
+    from transformers.utils import cached_file
+
+    try:
+        index = cached_file(model, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else []
+        return [Path(cached_file(model, name)) for name in names or ["model.safetensors"]]
+    except OSError as error:
+        raise UserError(f"cannot find the safetensors weights of {model!r}: {str(error).splitlines()[0]}") from error
+
+
+def _zero3_config(teacher: Teacher, kind: str, ds_config: dict[str, Any]) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 10_000}
+    if kind == "zero3_cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if kind == "zero3_nvme":
+        if teacher.nvme_path is None:
+            raise UserError("teacher.placement = 'zero3_nvme' needs teacher.nvme_path, a folder on a fast local disk")
+        zero["offload_param"] = {"device": "nvme", "nvme_path": teacher.nvme_path}
+    precision = {name: ds_config[name] for name in ("bf16", "fp16") if name in ds_config}
+    return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "steps_per_print": 1 << 62, **precision}
+
+
+def _empty_backbone(teacher: Teacher):
+    """The truncated encoder with weights that mean nothing yet."""
+    from transformers import AutoModel
+    from transformers.initialization import no_init_weights
+
+    config = with_layers(teacher_config(teacher.model, teacher.trust_remote_code), teacher.layer)
+    options = {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
+    with no_init_weights():
+        return AutoModel.from_config(config, trust_remote_code=teacher.trust_remote_code, **options)
+
+
+def _fill(backbone, files: list[Path]) -> None:
+    """Copy every weight from the files into its partitioned place; rank 0 reads, one tensor at a time."""
+    zero = import_deepspeed().zero
+    missing = dict(backbone.named_parameters())
+    for name, tensor in _tensors(files, f"{backbone.base_model_prefix}."):
+        parameter = missing.pop(name, None)
+        if parameter is None:
+            continue
+        with zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            if dist.get_rank() == 0:
+                parameter.copy_(tensor())
+    if missing:
+        raise UserError(f"{files[0].parent} lacks {len(missing)} of the teacher's weights, such as {min(missing)}")
+
+
+def _tensors(files: list[Path], prefix: str) -> Iterator[tuple]:
+    """(name in the backbone, function that reads the tensor), in the same order on every rank."""
+    from safetensors import safe_open
+
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                plain = name.removeprefix(prefix).replace("LayerNorm.gamma", "LayerNorm.weight")
+                yield plain.replace("LayerNorm.beta", "LayerNorm.bias"), partial(file.get_tensor, name)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
