@@ -1,6 +1,7 @@
 """The coordinator: feeds units to an engine, and turns parts into shards as soon as they are complete in order."""
 
 import contextlib
+import errno
 import itertools
 import json
 import queue
@@ -93,8 +94,11 @@ class Assembly:
                 self._collect()
         finally:
             self._stopped.set()
-        counts = {state.source.name: dict(sorted(state.counts.items())) for state in self._states}
-        return sorted(self._shards, key=lambda shard: shard.path), counts
+        shards = sorted(self._shards, key=lambda shard: shard.path)
+        for state in self._states:  # a limit may have cut the last part
+            for name in ("documents", "tokens"):
+                state.counts[name] = sum(getattr(s, name) for s in shards if s.source == state.source.name)
+        return shards, {state.source.name: dict(sorted(state.counts.items())) for state in self._states}
 
     # Feeding: plain units from the plan, blocks from threads that each read one compressed stream.
 
@@ -174,19 +178,25 @@ class Assembly:
         for future in done:
             try:
                 result = future.result()
-            except BrokenExecutor as error:
-                raise UserError(
-                    "a worker died (killed, or out of memory?) while these were in work: "
-                    + "; ".join(sorted(itertools.starmap(_describe, self._pending.values())))
-                    + ". Everything finished is kept: run the same command again, with fewer --workers if memory is"
-                    " short."
-                ) from error
+            except (BrokenExecutor, OSError, MemoryError) as error:
+                raise self._explained(error, future) from error
             what, number = self._pending.pop(future)
             if isinstance(what, ShardJob):
                 self._shard_done(what, result)
             else:
                 self._progress.add(result)
                 self._advance(self._state(what))
+
+    def _explained(self, error: BaseException, future: Future) -> UserError:
+        """What to tell the user when a piece of work failed through no fault of its text."""
+        if isinstance(error, OSError):
+            what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+            blamed, hint = [self._pending[future]], "Free some space" if error.errno == errno.ENOSPC else "Mend that"
+        else:
+            what = "out of memory" if isinstance(error, MemoryError) else "a worker died (killed, or out of memory?)"
+            blamed, hint = sorted(self._pending.values(), key=str), "Use fewer --workers if memory is short"
+        names = "; ".join(itertools.starmap(_describe, blamed))
+        return UserError(f"{names} failed: {what}. Finished units are kept. {hint}, then run the same command again.")
 
     def _advance(self, state: _SourceState) -> None:
         """Takes in all parts of a source that are complete in order."""

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -55,6 +56,17 @@ def prepare(
     """
     request.check()
     out = Path(out).absolute()
+    try:
+        return _prepare(request, out, lambda: _open_engine(engine, workers, ray_address), show_progress)
+    except OSError as error:
+        name = error.filename or out
+        raise UserError(
+            f"{name}: {error.strerror or error}. Everything finished is kept in {out}: mend that, then run the same "
+            "command again."
+        ) from error
+
+
+def _prepare(request: PrepareRequest, out: Path, open_engine: Callable, show_progress: bool) -> Corpus:
     work = out / WORK_FOLDER
     tokenizer = Tokenizer.load(request.tokenizer, encoder=request.encoder)
     state = {
@@ -96,7 +108,7 @@ def prepare(
         total = sum(unit.input_bytes for _, planned in plans for unit in planned)
         with contextlib.ExitStack() as stack:
             progress = stack.enter_context(contextlib.closing(Progress(total, show=show_progress)))
-            running = stack.enter_context(contextlib.closing(_open_engine(engine, workers, ray_address)))
+            running = stack.enter_context(contextlib.closing(open_engine()))
             run = Assembly(plans, running, options, out, request.shard_bytes, request.unit_bytes, progress)
             shards, counts = run.run()
         manifest = Manifest(dtype=options.dtype, counts=counts, shards=tuple(shards), **state)
@@ -263,7 +275,7 @@ class RayEngine:
 def _plain_error(error: BaseException) -> BaseException:
     """What a task raised, without Ray's wrapping."""
     cause = getattr(error, "cause", None)
-    if isinstance(cause, UserError):
+    if isinstance(cause, (UserError, OSError, MemoryError)):
         return cause
     return UserError(
         f"a task failed on the Ray cluster: {error}. Everything finished is kept: run the same command again."
@@ -286,8 +298,9 @@ def _one_thread() -> None:
 
 
 def _start_worker() -> None:
-    """No worker outlives its coordinator."""
+    """No worker outlives its coordinator, which alone is interrupted by Ctrl-C."""
     _one_thread()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         connection.wait([multiprocessing.parent_process().sentinel])

@@ -51,23 +51,9 @@ def encode_unit(unit: Unit, block_number: int, block: Block | None, options: Uni
     """Writes the part of one piece of work; returns its record, and the input bytes that it took.
 
     Raises:
-        UserError: a bad record (unless they are skipped), an unreadable file, a full disk, or too little memory.
+        UserError: a bad record, unless they are skipped.
+        OSError: an unreadable file or a full disk.
     """
-    try:
-        record = _encode_unit(unit, block_number, block, options)
-        return {**record, "input_bytes": block.input_bytes if block else unit.input_bytes}
-    except OSError as error:
-        what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        hint = "Free some space" if error.errno == 28 else "Mend it"
-        raise UserError(
-            f"{describe(unit, block_number)} failed: {what}. Finished units are kept. {hint}, then run the same "
-            "command again."
-        ) from error
-    except MemoryError as error:
-        raise UserError(f"{describe(unit, block_number)} ran out of memory. Use fewer --workers.") from error
-
-
-def _encode_unit(unit: Unit, block_number: int, block: Block | None, options: UnitOptions) -> dict[str, int]:
     encoder = _encoder(options.encoder_folder)
     counts: Counter[str] = Counter()
     tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
@@ -91,7 +77,7 @@ def _encode_unit(unit: Unit, block_number: int, block: Block | None, options: Un
     lengths = np.concatenate(signed_lengths) if signed_lengths else np.zeros(0, dtype=np.int32)
     record = dict(counts)
     part_of(unit, block_number, options.work_folder).write(tokens, lengths, record)
-    return record
+    return {**record, "input_bytes": block.input_bytes if block else unit.input_bytes}
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,11 +1,17 @@
 """From sources to a corpus: content, determinism, resuming, refusals."""
 
+import dataclasses
+import fcntl
 import json
+import lzma
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
+from data_prep import sources
 from data_prep.errors import UserError
 from data_prep.prepare import PrepareRequest, prepare
 from data_prep.shards import Corpus
@@ -88,6 +94,124 @@ def test_limit_takes_the_first_documents(samples, small_jsonl, tmp_path):
     everything = prepare(request_for(samples, path), tmp_path / "all", workers=1, show_progress=False)
     some = prepare(request_for(samples, path, limit_documents=250), tmp_path / "some", workers=2, show_progress=False)
     assert list(documents_of(some, "train")) == list(documents_of(everything, "train"))[:250]
+    assert some.manifest.counts["small"]["documents"] == 250
+
+
+def stopped_run(samples, small_jsonl, tmp_path):
+    """A run that stops at a bad last line, and its request."""
+    path = tmp_path / "bad.jsonl"
+    path.write_text(small_jsonl[0].read_text() + "not json\n")
+    request = request_for(samples, path)
+    line = len(small_jsonl[1]) + 1
+    with pytest.raises(UserError, match=rf"bad record in {path}, line {line} .*--on-bad-record skip"):
+        prepare(request, tmp_path / "c", workers=1, show_progress=False)
+    return path, request
+
+
+def test_a_bad_record_stops_or_is_counted(samples, small_jsonl, tmp_path):
+    path, _ = stopped_run(samples, small_jsonl, tmp_path)
+    with pytest.raises(UserError, match="another request .*on_bad_record"):
+        prepare(request_for(samples, path, on_bad_record="skip"), tmp_path / "c", workers=1, show_progress=False)
+    corpus = prepare(request_for(samples, path, on_bad_record="skip"), tmp_path / "d", workers=2, show_progress=False)
+    assert corpus.manifest.counts["bad"]["bad_records"] == 1
+    assert corpus.manifest.counts["bad"]["documents"] == len(small_jsonl[1])
+
+
+def test_a_changed_input_or_tokenizer_is_refused_in_an_unfinished_folder(
+    samples, small_jsonl, tmp_path, byte_level_teacher
+):
+    path, request = stopped_run(samples, small_jsonl, tmp_path)
+    other = dataclasses.replace(request, tokenizer=str(byte_level_teacher))
+    with pytest.raises(UserError, match="another request .*fingerprint"):
+        prepare(other, tmp_path / "c", workers=1, show_progress=False)
+    path.write_text(small_jsonl[0].read_text())
+    with pytest.raises(UserError, match="another request .*inputs"):
+        prepare(request, tmp_path / "c", workers=1, show_progress=False)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(samples, small_jsonl, tmp_path):
+    path, request = stopped_run(samples, small_jsonl, tmp_path)
+    with (tmp_path / "c" / ".work" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another `minilm prepare` is writing"):
+            prepare(request, tmp_path / "c", workers=1, show_progress=False)
+
+
+def test_a_file_that_vanishes_is_named(tmp_path):
+    path = tmp_path / "books"
+    path.mkdir()
+    (path / "a.txt").write_text("A book.")
+    (path / "b.txt").symlink_to(path / "a.txt")
+    source = Source.parse(f"bookcorpus:{path}")
+    (expanded,) = sources.expand((source,))
+    units = list(sources.plan(expanded, 1))
+    (path / "b.txt").unlink()
+    with pytest.raises(OSError, match="b.txt"):
+        [item for unit in units for item in sources.documents(unit)]
+
+
+def test_many_sources_of_every_kind_in_one_call(samples, small_jsonl, tmp_path):
+    _, texts = small_jsonl
+    with lzma.open(tmp_path / "sw.txt.xz", "wt") as file:
+        file.write("\n\n".join(texts[:200]))
+    with lzma.open(tmp_path / "de.txt.xz", "wt") as file:
+        file.write("\n\n".join(texts[200:300]))
+    (tmp_path / "books").mkdir()
+    for number in range(5):
+        (tmp_path / "books" / f"{number}.txt").write_text("\n\n".join(texts[number * 20 : number * 20 + 20]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "p.parquet", row_group_size=100)
+    kinds = (f"cc100:{tmp_path}/*.txt.xz", f"bookcorpus:{tmp_path}/books", f"parquet,language=en:{tmp_path}/p.parquet")
+    request = PrepareRequest(
+        tokenizer=str(samples.teacher),
+        sources=tuple(map(Source.parse, kinds)),
+        unit_bytes=20_000,
+        shard_bytes=40_000,
+        min_tokens=2,
+    )
+    for workers in (1, 2):
+        corpus = prepare(request, tmp_path / f"c{workers}", workers=workers, show_progress=False)
+    assert files_of(tmp_path / "c1") == files_of(tmp_path / "c2")
+    languages = {shard.source: shard.language for shard in corpus.manifest.shards}
+    assert languages == {"cc100-sw": "sw", "cc100-de": "de", "bookcorpus": "", "p": "en"}
+    documents = {name: counts["documents"] for name, counts in corpus.manifest.counts.items()}
+    assert documents == {"cc100-sw": 200, "cc100-de": 100, "bookcorpus": 5, "p": len(texts)}
+    assert all(shard.bytes < 40_000 + 2 * 4000 for shard in corpus.shards("train") if shard.source != "bookcorpus")
+
+
+def test_short_documents_are_dropped_and_counted(samples, small_jsonl, tmp_path):
+    path, texts = small_jsonl
+    corpus = prepare(request_for(samples, path, min_tokens=100), tmp_path / "c", workers=1, show_progress=False)
+    counts = corpus.manifest.counts["small"]
+    assert min(map(len, documents_of(corpus, "train"))) == 101
+    assert counts["documents"] + counts["dropped_short"] == counts["documents_read"] == len(texts)
+
+
+def test_the_manifest_says_who_encoded_what(samples, small_jsonl, tmp_path):
+    path, texts = small_jsonl
+    corpus = prepare(request_for(samples, path), tmp_path / "c", workers=1, show_progress=False)
+    counts, encoder = corpus.manifest.counts["small"], corpus.manifest.tokenizer["encoder"]
+    assert counts["fast_encoded"] + counts["reference_encoded"] == len(texts)
+    assert counts["encoded_twice"] > 0
+    assert encoder["fast"].startswith("tokie ") and encoder["reference"].startswith("tokenizers ")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sources": ()}, "no source given"),
+        ({"validation_fraction": 1.0}, "validation fraction"),
+        ({"min_tokens": 0}, "min_tokens is 0"),
+        ({"limit_documents": 0}, "limit of 0"),
+        ({"on_bad_record": "ignore"}, "expected stop or skip"),
+        ({"encoder": "fast"}, "expected auto or reference"),
+    ],
+)
+def test_requests_out_of_range(samples, options, message, tmp_path):
+    request = dataclasses.replace(request_for(samples, "nowhere.jsonl"), **options)
+    with pytest.raises(UserError, match=message):
+        prepare(request, tmp_path / "c", workers=1, show_progress=False)
+    with pytest.raises(UserError, match="expected local or ray"):
+        prepare(request_for(samples, __file__), tmp_path / "c", engine="dask", show_progress=False)
 
 
 def test_an_unfinished_folder_is_not_a_corpus(tmp_path):
