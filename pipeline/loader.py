@@ -2,7 +2,7 @@
 
 `SampleSet` answers "what is sample k?": the order (pipeline.order) names a source and a window of it, a search in the
 prefix sums of the shards' window counts names the place, and the tokens are read there. `Loader` deals the endless
-sequence of samples to ranks and micro-batches and reads ahead on background threads.
+sequence of samples to ranks and micro-batches and reads ahead on a background thread.
 
 A sample of packing "window" is [CLS], `seq_tokens - 2` consecutive tokens of a shard, [SEP]; only a shard's last
 incomplete window is left out. A sample of packing "none" is one document, padded to the longest of its micro-batch.
@@ -27,8 +27,6 @@ from pipeline.reader import Batch, Places, Reader
 _PLAN_SAMPLES = 2048
 # Samples read in one go, so that handing over between threads costs little however small the micro-batches are.
 _TASK_SAMPLES = 128
-# So many tasks read at once when the disk is slow; see `Reader` for when it is not.
-_READING_THREADS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +183,7 @@ def _given_weights(
 
 
 class Loader:
-    """The micro-batches of one rank, endless, read ahead on background threads.
+    """The micro-batches of one rank, endless, read ahead on a background thread.
 
     Global batch g holds samples [samples_seen + g * B, samples_seen + (g + 1) * B), whatever the number of ranks; rank
     r takes the r-th of `world_size` equal parts, in micro-batches of `micro_batch_samples`. So every rank makes the
@@ -213,12 +211,12 @@ class Loader:
         self.data_wait_seconds = 0.0
         self._batch, self._micro, self._rank_samples = global_batch_samples, micro_batch_samples, rank_samples
         self._first_sample = samples_seen + rank * rank_samples
-        # One task of a reading thread: several micro-batches if they are small.
+        # One task of the reading thread: several micro-batches if they are small.
         self._task_samples = micro_batch_samples * max(1, _TASK_SAMPLES // micro_batch_samples)
-        self._tasks = 1 + -(-max(1, prefetch_batches) * micro_batch_samples // self._task_samples)
+        self._tasks = max(2, -(-prefetch_batches * micro_batch_samples // self._task_samples))
         self._plan_samples = self._task_samples * max(1, _PLAN_SAMPLES // self._task_samples)
         self._plan = lru_cache(3)(self._locate)
-        self._threads: ThreadPoolExecutor | None = None
+        self._thread: ThreadPoolExecutor | None = None
 
     def _locate(self, plan: int) -> Places:
         """Places of the next so many of this rank's samples."""
@@ -234,13 +232,13 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        self._threads = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="loader")
-        pending = deque(self._threads.submit(self._read, task) for task in range(self._tasks))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        pending = deque(self._thread.submit(self._read, task) for task in range(self._tasks))
         for following in count(self._tasks):
             began = time.perf_counter()
             batches = pending.popleft().result()
             self.data_wait_seconds += time.perf_counter() - began
-            pending.append(self._threads.submit(self._read, following))
+            pending.append(self._thread.submit(self._read, following))
             yield from batches
 
     def shares(self, samples_seen: int) -> dict[str, float]:
@@ -259,9 +257,9 @@ class Loader:
 
     def close(self) -> None:
         """Stops reading ahead."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=True, cancel_futures=True)
-            self._threads = None
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+            self._thread = None
 
 
 def _part(global_batch_samples: int, micro_batch_samples: int, world_size: int) -> int:

@@ -361,7 +361,8 @@ def test_a_slow_disk_changes_no_token(corpus, changes, monkeypatch):
     sample_set = SampleSet(corpus, options(**changes))
     places = sample_set.locate(np.arange(40, 40 + sample_set.sizes.sum()))
     from_memory = sample_set.read(places)
-    monkeypatch.setattr("pipeline.reader._CACHED_ROW_SECONDS", 0.0)
+    for bound in ("_CACHED_ROW_SECONDS", "_CACHED_ANNOUNCED_ROW_SECONDS"):
+        monkeypatch.setattr(f"pipeline.reader.{bound}", 0.0)
     announced: list[int] = []
     announce = os.posix_fadvise
     monkeypatch.setattr(os, "posix_fadvise", lambda *span: (announced.append(span[1]), announce(*span)))
