@@ -1,8 +1,8 @@
 """Rows of tokens read from the shards of a corpus, as tensors.
 
 Reads are positioned reads (`pread`), not memory maps: a map pulls in a whole read-ahead window around every random
-sample, holds the interpreter lock while the disk works, and kills the process when a network disk fails. A read asks
-for the bytes of one row, lets other threads run, and fails with a message.
+sample, counts what it has touched as the process's memory, and kills the process when a network disk fails. A read asks
+for the bytes of one row and fails with a message.
 """
 
 import os
