@@ -170,16 +170,19 @@ def _given_weights(
     missing = [s for s, g in zip(sources, groups, strict=True) if s not in given and g not in given]
     if missing:
         raise UserError(f"weights leave open {', '.join(missing)}: give each source a weight, 0 to leave it out")
-    if any(w < 0 for w in given.values()) or not any(given.values()):
+    if not all(0 <= w < float("inf") for w in given.values()) or not any(given.values()):
         raise UserError(f"weights are {dict(given)}: expected numbers of at least 0, not all 0")
-    weights = [
+    empty = [
+        s
+        for s, g, n in zip(sources, groups, sizes, strict=True)
+        if (given[s] and not n if s in given else given[g] and not by_group[g])
+    ]
+    if empty:
+        raise UserError(f"weights ask for {', '.join(empty)}, which has no full window of tokens: give it weight 0")
+    return [
         float(given[s]) if s in given else given[g] * n / max(by_group[g], 1)
         for s, g, n in zip(sources, groups, sizes, strict=True)
     ]
-    empty = [s for s, w, n in zip(sources, weights, sizes, strict=True) if w and not n]
-    if empty:
-        raise UserError(f"weights ask for {', '.join(empty)}, which has no full window of tokens: give it weight 0")
-    return weights
 
 
 class Loader:

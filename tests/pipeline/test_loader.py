@@ -184,6 +184,15 @@ def test_temperature_is_over_languages_and_weights_may_name_them(tmp_path):
     assert by_language == pytest.approx([150, 50, 600], abs=1)
 
 
+@pytest.mark.parametrize("name", ["b", "fr"])
+def test_a_source_without_a_full_window_cannot_be_asked_for(tmp_path, name):
+    corpus = write_corpus(tmp_path, {"train/a/en": [numbered(30 * WINDOW)], "train/b/fr": [numbered(WINDOW - 1)]})
+    with pytest.raises(UserError, match="weights ask for b, which has no full window"):
+        SampleSet(corpus, options(weights={"a": 1, name: 1}))
+    for fine in ({"weights": {"a": 1, name: 0}}, {"temperature_alpha": 0.5}, {}):
+        assert SampleSet(corpus, options(**fine)).mixture.counts(60).tolist() == [60, 0]
+
+
 def test_natural_proportions_by_default(corpus):
     assert SampleSet(corpus, options()).mixture.counts(22).tolist() == [17, 5]
 
@@ -298,6 +307,7 @@ def test_all_ranks_refuse_a_batch_that_does_not_divide(corpus):
         ({"weights": {"large": 1, "de": 1}}, "weights name de: the corpus has large, small"),
         ({"weights": {"large": 1}}, "weights leave open small"),
         ({"weights": {"large": 0, "small": 0}}, "not all 0"),
+        ({"weights": {"large": 1, "small": float("nan")}}, "expected numbers of at least 0"),
         ({"seq_tokens": 500}, "no shard of 498 tokens"),
     ],
 )
