@@ -36,6 +36,8 @@ class Architecture:
         feed_forward_size: the configuration's name of the inner size of the feed-forward.
         dropouts: the configuration's names of the dropout rates that the backbone uses.
         rotary: positions turn pairs of a head's dimensions, so that heads must have an even width.
+        segments: attention runs through transformers' attention functions and knows positions by their ids alone, so
+            that documents can be run end to end in one row.
         mask: how the backbone takes its attention mask, see `RelationEncoder`.
         word_embeddings: the word embeddings.
         positions: the position embeddings, if there are any.
@@ -55,6 +57,7 @@ class Architecture:
     feed_forward_size: str = "intermediate_size"
     dropouts: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     rotary: bool = False
+    segments: bool = True
     mask: str = "scores"
     word_embeddings: str = "embeddings.word_embeddings"
     positions: str = "embeddings.position_embeddings"
@@ -84,6 +87,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared=("encoder.relative_attention_bias",),
         layer_returns_tuple=True,
         first_position=2,
+        segments=False,
         tables=("embeddings.position_embeddings",),
     ),
     "deberta-v2": Architecture(
@@ -91,6 +95,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared=("encoder.rel_embeddings", "encoder.LayerNorm"),
         layer_returns_tuple=True,
         has_pooler=False,
+        segments=False,
         mask="deberta",
     ),
     "modernbert": Architecture(
@@ -103,6 +108,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         has_pooler=False,
         dropouts=("embedding_dropout", "mlp_dropout", "attention_dropout"),
         rotary=True,
+        segments=False,
         mask="sliding",
         word_embeddings="embeddings.tok_embeddings",
         tables=(),

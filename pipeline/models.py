@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
-from pipeline import student_init
+from pipeline import cpu_attention, student_init
 from pipeline.architectures import Architecture, architecture_of, position_limit
+from pipeline.pieces import segments
 from pipeline.relations import QKV
 
 if TYPE_CHECKING:
@@ -76,10 +77,46 @@ class RelationEncoder(nn.Module):
         """
         if position_ids is not None:
             position_ids = position_ids + self.architecture.position_offset(self.config)
+        if self._fits_cpu_attention(input_ids, attention_mask):
+            return self._forward_without_padding(input_ids, attention_mask, position_ids, document_ids)
         allowed = allowed_scores(attention_mask, document_ids)
         with self._projecting_last_layer() as qkv, self._masking(allowed, attention_mask, input_ids) as mask:
             self.backbone(input_ids, attention_mask=mask, position_ids=position_ids)
         return qkv[0]
+
+    def _fits_cpu_attention(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
+        if input_ids.device.type != "cpu" or (attention_mask is not None and not attention_mask.any()):
+            return False
+        layers = self.architecture.layer_list(self.backbone)
+        checkpointing = getattr(layers[0], "gradient_checkpointing", False)  # would run layers again, outside of this
+        return self.architecture.segments and self.config._attn_implementation == "sdpa" and not checkpointing
+
+    def _forward_without_padding(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, document_ids: Tensor | None
+    ) -> QKV:
+        """The same on a CPU: real positions only, end to end in one row, attending inside their segments."""
+        if attention_mask is None and document_ids is None:
+            with self._projecting_last_layer() as qkv, cpu_attention.installed(self.config, None):
+                self.backbone(input_ids, position_ids=position_ids)
+            return qkv[0]
+        if position_ids is None:
+            position_ids = self._default_positions(input_ids, attention_mask)
+        if document_ids is not None:
+            real = document_ids >= 0
+            attention_mask = real if attention_mask is None else attention_mask & real
+        found = segments(attention_mask, document_ids, input_ids.shape, input_ids.device)
+        ids, positions = (x.flatten()[found.order][None] for x in (input_ids, position_ids))
+        with self._projecting_last_layer() as qkv, cpu_attention.installed(self.config, found.sizes):
+            self.backbone(ids, position_ids=positions)
+        zeros = qkv[0].query.new_zeros(input_ids.numel(), qkv[0].query.shape[-1])
+        return QKV(*(zeros.index_copy(0, found.order, x[0]).view(*input_ids.shape, -1) for x in qkv[0]))
+
+    def _default_positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """How the backbone numbers positions by itself, [batch, positions]."""
+        numbers = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
+        if self.architecture.first_position is None and attention_mask is not None:  # RoBERTa skips padding
+            numbers = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        return numbers + self.architecture.position_offset(self.config)
 
     @contextmanager
     def _projecting_last_layer(self) -> Iterator[list[QKV]]:

@@ -12,8 +12,7 @@ p = e / z, all but the exponentials is a matrix product (x, y: queries and keys 
 so e_T [y_T, y_S, 1] and e_S [y_S, 1] give the loss, dx and both z. A softmax does not change when one vector is taken
 from all keys, so the keys are centred: the scores shrink, and the largest of a row is at least their mean, 0.
 
-On a CPU the pieces (a document, some heads) go to threads that each compute alone. One parallel region for every small
-product would wait for its slowest thread thousands of times in a step, which a busy machine makes very slow.
+A piece of the work is a document and some of the heads; on a CPU each goes to a thread (pieces.py).
 
 Shapes: A heads of a piece, n positions of a document, d width of a head.
 """
@@ -22,11 +21,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from pipeline.pieces import Segments, map_pieces, segments
 
 if TYPE_CHECKING:
     from pipeline.relations import QKV
@@ -64,7 +64,6 @@ def blockwise_losses(
     tensors = [[x.detach().flatten(0, 1) for x in qkv] for qkv in (teacher, student)]
     gradients = [grad.flatten(0, 1) for grad in grads]
 
-    @torch.no_grad()
     def losses_of(piece: tuple[Tensor, float, slice]) -> Tensor:
         positions, per_position, some = piece
         scale = per_position / (heads * b)
@@ -78,48 +77,21 @@ def blockwise_losses(
             gradient.unflatten(-1, (heads, -1))[positions, some] = part.transpose(0, 1)
         return torch.stack(losses) * scale
 
-    pieces = list(_pieces(mask, documents, b, s, heads, device))
+    pieces = list(_pieces(segments(mask, documents, (b, s), device), heads))
     if not pieces:
         return torch.zeros(len(pairs), dtype=dtype, device=device)
-    return torch.stack(_map(losses_of, pieces, device)).sum(0)
+    return torch.stack(map_pieces(losses_of, pieces, device)).sum(0)
 
 
-def _map(function, pieces: list, device: torch.device) -> list[Tensor]:
-    threads = min(torch.get_num_threads(), len(pieces)) if device.type == "cpu" else 1
-    if threads == 1:
-        return [function(piece) for piece in pieces]
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # also that of the matrix library, which all threads share
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, pieces))
-    finally:
-        torch.set_num_threads(before)
-
-
-def _pieces(mask, documents, b: int, s: int, heads: int, device) -> Iterator[tuple[Tensor, float, slice]]:
+def _pieces(found: Segments, heads: int) -> Iterator[tuple[Tensor, float, slice]]:
     """Flat positions [n] of a document, 1 / real positions of its row, and some of the heads."""
-    for positions, per_position in _documents(mask, documents, b, s, device):
+    real: dict[int, int] = {}
+    for row, size in zip(found.rows, found.sizes, strict=True):
+        real[row] = real.get(row, 0) + size
+    for row, positions in zip(found.rows, found.order.split(found.sizes), strict=True):
         together = max(1, _BLOCK_SCORES // len(positions) ** 2)
         for first in range(0, heads, together):
-            yield positions, per_position, slice(first, min(first + together, heads))
-
-
-def _documents(mask, documents, b: int, s: int, device) -> Iterator[tuple[Tensor, float]]:
-    if mask is None and documents is None:
-        for row in range(b):
-            yield torch.arange(row * s, (row + 1) * s, device=device), 1.0 / s
-        return
-    row = torch.arange(b, device=device)[:, None].expand(b, s)
-    keep = torch.ones(b, s, dtype=torch.bool, device=device) if mask is None else mask
-    number = torch.zeros(b, s, dtype=torch.long, device=device) if documents is None else documents.long()
-    group = (row * (number.max() + 1) + number)[keep]
-    flat = keep.flatten().nonzero().squeeze(1)
-    order = group.argsort(stable=True)
-    _, sizes = group[order].unique_consecutive(return_counts=True)
-    real = keep.sum(1).tolist()
-    for positions in flat[order].split(sizes.tolist()):
-        yield positions, 1.0 / real[int(positions[0]) // s]
+            yield positions, 1.0 / real[row], slice(first, min(first + together, heads))
 
 
 def _heads(x: Tensor, positions: Tensor, heads: int, some: slice, dtype: torch.dtype) -> Tensor:
