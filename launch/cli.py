@@ -63,6 +63,7 @@ _RECIPE_OPTIONS = [
     click.option("--ds-config", default="auto", show_default=True, help="A shipped configuration or a JSON file."),
     click.option("--resume", default="auto", show_default=True, help="auto (newest whole checkpoint), never, or STEP."),
     click.option("--stop-at", type=click.IntRange(min=1), help="Save and leave after this step."),
+    click.option("--profile", is_flag=True, help="Write a trace of a few steps to RUN/profile."),
     click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]..."),
 ]
 
@@ -77,7 +78,7 @@ def _recipe_options(command):
 @_recipe_options
 @click.option("--num-gpus", type=click.IntRange(min=1), help="Ranks on this machine; without GPUs, CPU processes.")
 @click.option("--max-restarts", type=click.IntRange(min=0), default=0, show_default=True, help="After a crash.")
-def distill(recipe, ds_config, resume, stop_at, overrides, num_gpus, max_restarts) -> None:
+def distill(recipe, ds_config, resume, stop_at, profile, overrides, num_gpus, max_restarts) -> None:
     """Distill a student on this machine: checks everything, then runs `deepspeed launch/distill.sh`.
 
     \b
@@ -86,9 +87,9 @@ def distill(recipe, ds_config, resume, stop_at, overrides, num_gpus, max_restart
       minilm distill --recipe my.toml optimizer.peak_lr=3e-4 run.output=/data/run2
     """
     from launch import supervise
-    from pipeline import config, engine, trainer
+    from pipeline import config, engine, preflight
 
-    trainer.preflight(
+    preflight.check(
         config.load_recipe(recipe, overrides),
         engine.read_ds_config(ds_config),
         world_size=num_gpus or engine.local_devices(),
@@ -96,6 +97,7 @@ def distill(recipe, ds_config, resume, stop_at, overrides, num_gpus, max_restart
     )
     arguments = ["--recipe", recipe, "--ds-config", ds_config, "--resume", resume, *overrides]
     arguments += ["--stop-at", str(stop_at)] if stop_at else []
+    arguments += ["--profile"] if profile else []
     arguments += ["--num_gpus", str(num_gpus)] if num_gpus else []
     sys.exit(supervise.launch([*arguments, "--max-restarts", str(max_restarts)]))
 
@@ -104,14 +106,13 @@ def distill(recipe, ds_config, resume, stop_at, overrides, num_gpus, max_restart
 @_recipe_options
 @click.option("--local_rank", "--local-rank", hidden=True)
 @click.option("--num_gpus", "--num-gpus", hidden=True)
-def _distill_rank(recipe, ds_config, resume, stop_at, overrides, local_rank, num_gpus) -> int:
+def _distill_rank(recipe, ds_config, resume, stop_at, profile, overrides, local_rank, num_gpus) -> int:
     from pipeline import config, engine, trainer
 
     if num_gpus:
         raise UserError("--num_gpus belongs to the launcher: deepspeed --num_gpus 2 launch/distill.sh --recipe ...")
-    return trainer.distill(
-        config.load_recipe(recipe, overrides), engine.read_ds_config(ds_config), resume=resume, stop_at_step=stop_at
-    )
+    options = dict(resume=resume, stop_at_step=stop_at, profile=profile)
+    return trainer.distill(config.load_recipe(recipe, overrides), engine.read_ds_config(ds_config), **options)
 
 
 def _quiet_libraries() -> None:
@@ -153,8 +154,9 @@ def export(run: Path, step: int | None, out: Path | None) -> None:
       minilm export runs/demo/run
     """
     from pipeline import export as exporter
+    from pipeline.run_folder import FinishedRun
 
-    finished = exporter.FinishedRun.open(run, step)
+    finished = FinishedRun.open(run, step)
     click.echo(f"step {finished.record.step} of {run} -> {exporter.export(finished, out)}")
 
 
@@ -171,7 +173,7 @@ def evaluate(run: Path, step: int | None, probe: Path | None, texts: int) -> Non
       minilm evaluate runs/demo/run --probe runs/samples/leads-en.jsonl
     """
     from pipeline import evaluate as evaluator
-    from pipeline.export import FinishedRun
+    from pipeline.run_folder import FinishedRun
 
     scores = evaluator.evaluate(FinishedRun.open(run, step), probe=probe, texts=texts)
     for table in evaluator.tables(scores):

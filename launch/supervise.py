@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).resolve().parent / "distill.sh"
 JOB = "MINILM_JOB"
 STATUS = "MINILM_STATUS"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-FINAL_CODES = (0, 2, 75)  # done, the user's mistake, asked to stop
+FINAL_CODES = (0, 2, 3, 75)  # done, the user's mistake, diverged, asked to stop
 GRACE_SECONDS = 120
 RESTART_SECONDS = 5
 _LAUNCHER_VALUES = (
@@ -39,7 +39,8 @@ def launch(arguments: list[str]) -> int:
         arguments: options of `deepspeed` (such as --num_gpus 2), `--max-restarts N`, and those of a rank, mixed.
 
     Returns:
-        0 done; 2 a user's mistake; 75 stopped by a signal and saved; else the job has crashed.
+        0 done; 2 a user's mistake; 3 the loss was not finite for too long; 75 stopped by a signal and saved; anything
+        else: the job has crashed.
     """
     launcher, ranks, restarts = split_arguments(arguments)
     job = _Job([_deepspeed(), *launcher, str(SCRIPT), *ranks])

@@ -149,20 +149,28 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Checkpoint:
-    """When checkpoints are written and which are kept: the last `keep_last`, and every `keep_every_steps`-th step."""
+    """When checkpoints are written and which are kept: the last `keep_last`, and every `keep_every_steps`-th step.
+
+    `stop_after_skipped_steps` steps in a row whose loss or gradient was not finite end the run, saved as it was before.
+    """
 
     every_steps: Positive
     keep_last: Positive = 3
     keep_every_steps: NotNegative = 0
+    stop_after_skipped_steps: Positive = 25
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Logging:
-    """When the loss is logged and when the held-out loss is measured (at the first and last step in any case)."""
+    """When the loss is logged and when the held-out loss is measured (at the first and last step in any case).
+
+    When no step ends for `hang_seconds`, every rank prints the stacks of its threads.
+    """
 
     every_steps: Positive = 10
     validate_every_steps: NotNegative = 0
     validation_samples: Positive = 256
+    hang_seconds: Positive = 900
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -183,6 +183,40 @@ def start_student(model: torch.nn.Module, options: Optimizer, config: dict[str, 
     return engine
 
 
+def take_step(student, *, finite: bool) -> bool:
+    """The engine's step, which leaves the weights alone where the loss or the gradient was not finite.
+
+    At stages 1 and 2, and for fp16, DeepSpeed finds out by the gradient's norm; elsewhere it would put NaN into the
+    weights, and `finite` decides.
+
+    Args:
+        student: the engine, after the backward pass of a micro-batch.
+        finite: whether the losses of this step were, on all ranks; the ranks must agree.
+
+    Returns:
+        False if the step was skipped.
+    """
+    skipped = student.skipped_steps
+    if not finite and student.zero_optimization_stage() in (0, 3):
+        optimizer_step = student.optimizer.step
+        student.optimizer.step = lambda *_, **__: _discard_gradients(student)
+        try:
+            student.step()
+        finally:
+            student.optimizer.step = optimizer_step
+        return False
+    student.step()
+    return student.skipped_steps == skipped
+
+
+def _discard_gradients(student) -> None:
+    if student.zero_optimization_stage() == 3:
+        student.optimizer.overflow = True
+        student.optimizer._overflow_clean_up(prev_scale=None)
+    else:
+        student.zero_grad()
+
+
 def _adamw(groups: list[dict[str, Any]], options: Optimizer, config: dict[str, Any]) -> torch.optim.Optimizer:
     arguments = dict(lr=options.peak_lr, betas=options.betas, eps=options.eps)
     offloads = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"

@@ -18,9 +18,10 @@ from torch import nn
 
 from data_prep import durable
 from data_prep.errors import UserError
-from pipeline.export import FinishedRun, export, load_exported, model_card, without_pooler
-from pipeline.models import StudentShape, build_student, teacher_config
+from pipeline.build import fresh_student, teacher_settings
+from pipeline.export import export, load_exported, model_card
 from pipeline.monitor import read_metrics
+from pipeline.run_folder import FinishedRun, without_pooler
 
 MODELS = ("teacher", "student", "untrained")
 
@@ -128,25 +129,11 @@ def load_models(run: FinishedRun, folder: Path) -> dict[str, nn.Module]:
     from transformers import AutoModel
 
     recipe = run.recipe
-    shape = StudentShape.parse(
-        recipe.student.shape, heads=recipe.student.heads, feed_forward=recipe.student.feed_forward
-    )
-    teacher_settings = teacher_config(recipe.teacher.model, trust_remote_code=recipe.teacher.trust_remote_code)
-    start = build_student(
-        shape,
-        teacher_settings,
-        family=recipe.student.family,
-        init=recipe.student.init,
-        tail_init=recipe.student.tail_init,
-        dropout=recipe.student.dropout,
-        seed=recipe.run.seed,
-        teacher_model=recipe.teacher.model,
-    )
     trust = dict(trust_remote_code=recipe.teacher.trust_remote_code)
     return {
-        "teacher": AutoModel.from_pretrained(recipe.teacher.model, **trust, **without_pooler(teacher_settings)),
+        "teacher": AutoModel.from_pretrained(recipe.teacher.model, **trust, **without_pooler(teacher_settings(recipe))),
         "student": load_exported(folder),
-        "untrained": start.backbone,
+        "untrained": fresh_student(recipe).backbone,
     }
 
 

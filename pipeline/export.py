@@ -2,60 +2,18 @@
 
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from data_prep.errors import UserError
-from pipeline import checkpoint
-from pipeline.architectures import architecture_of
-from pipeline.config import Recipe, load_recipe
 from pipeline.models import RelationEncoder, tail_parameter_names
 from pipeline.monitor import read_metrics
+from pipeline.run_folder import EXPORT, MODEL, FinishedRun, without_pooler
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
-EXPORT = "export"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinishedRun:
-    """A run's folder as `pipeline.trainer` leaves it, read without a process group, a GPU or the teacher."""
-
-    folder: Path
-    recipe: Recipe
-    record: checkpoint.Record
-
-    @classmethod
-    def open(cls, folder: Path, step: int | None = None) -> "FinishedRun":
-        """The newest whole checkpoint of a run, or that of `step`."""
-        if not (folder / "recipe.toml").is_file():
-            raise UserError(f"{folder} is not the folder of a run: it has no recipe.toml. Give a recipe's run.output.")
-        record = checkpoint.find(folder / "checkpoints", "auto" if step is None else str(step))
-        if record is None:
-            raise UserError(f"the run in {folder} has saved no checkpoint yet")
-        return cls(folder=folder, recipe=load_recipe(str(folder / "recipe.toml")), record=record)
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoints" / checkpoint.tag_of(self.record.step)
-
-    def student(self) -> RelationEncoder:
-        """The student with the checkpoint's weights, in fp32 on the CPU."""
-        encoder = empty_encoder(self.folder / "model")
-        encoder.load_state_dict(checkpoint.read_weights(self.checkpoint), strict=True)
-        return encoder.eval()
-
-
-def empty_encoder(folder: Path) -> RelationEncoder:
-    """An encoder of the configuration in `folder`, with weights that mean nothing."""
-    from transformers import AutoConfig, AutoModel
-
-    config = AutoConfig.from_pretrained(folder)
-    return RelationEncoder(AutoModel.from_config(config, **without_pooler(config)))
+    from transformers import PreTrainedModel
 
 
 def load_exported(folder: Path) -> "PreTrainedModel":
@@ -63,11 +21,6 @@ def load_exported(folder: Path) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModel
 
     return AutoModel.from_pretrained(folder, **without_pooler(AutoConfig.from_pretrained(folder))).eval()
-
-
-def without_pooler(config: "PretrainedConfig") -> dict[str, bool]:
-    """Arguments that keep a model class from adding an untrained pooler."""
-    return {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
 
 
 def export(run: FinishedRun, out: Path | None = None) -> Path:
@@ -84,7 +37,7 @@ def export(run: FinishedRun, out: Path | None = None) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
         fresh = Path(scratch) / "model"
-        shutil.copytree(run.folder / "model", fresh)
+        shutil.copytree(run.folder / MODEL, fresh)
         student = run.student()
         student.backbone.save_pretrained(fresh)
         (fresh / "README.md").write_text(model_card(run, student), encoding="utf-8")

@@ -1,6 +1,7 @@
 """What a run says while it runs: metrics.jsonl for programs, TensorBoard for people, one line for the terminal."""
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -106,6 +107,21 @@ class PhaseTimer:
             self._seconds[name] = self._seconds.get(name, 0.0) + begin.elapsed_time(end) / 1000
         taken, self._seconds, self._events = self._seconds, {}, []
         return taken
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: on its GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def profiler(output: Path, rank: int):
+    """A torch profiler of three steps, after three to warm up; its trace opens in TensorBoard or Perfetto."""
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(output / "profile"), worker_name=f"rank{rank}"),
+    )
 
 
 def read_metrics(output: Path, kind: str | None = None) -> list[dict[str, Any]]:

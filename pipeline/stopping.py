@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: "saved, start me again"
+EXIT_DIVERGED = 3  # starting it again would end the same way
 _LAUNCHER_WORDS = (b"deepspeed", b"deepspeed.launcher.launch", b"deepspeed.launcher.runner", b"--launch")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

@@ -5,11 +5,11 @@ are seeded anew for every step and rank. So the state of a run is what DeepSpeed
 and a resumed run computes what an unbroken one would have.
 """
 
+import contextlib
 import dataclasses
+import faulthandler
 import hashlib
-import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,50 +18,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_prep import durable, samples
-from data_prep.errors import UserError
 from data_prep.shards import Corpus
-from data_prep.tokenizer import Tokenizer
-from pipeline import checkpoint, config, engine, placement
+from pipeline import checkpoint, engine, flops, placement, preflight, run_folder
+from pipeline.build import fresh_student
 from pipeline.config import Recipe
 from pipeline.loader import Batch, DataOptions, Loader, validation_batches
-from pipeline.models import StudentShape, build_student, position_limit, teacher_config
-from pipeline.monitor import PhaseTimer, RunLog
+from pipeline.monitor import PhaseTimer, RunLog, peak_memory_bytes, profiler
 from pipeline.relations import RelationLoss, relation_loss
-from pipeline.stopping import EXIT_REQUEUE, StopRequest
+from pipeline.stopping import EXIT_DIVERGED, EXIT_REQUEUE, StopRequest
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
 
 
-def preflight(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int, resume: str) -> tuple[Corpus, Any]:
-    """Refuse everything that can be refused without loading weights.
-
-    Returns:
-        The opened corpus and the checkpoint's record to resume from (None: a fresh start).
-    """
-    engine.merge(recipe, ds_config, world_size=world_size)
-    StudentShape.parse(recipe.student.shape, heads=recipe.student.heads, feed_forward=recipe.student.feed_forward)
-    if Path(recipe.teacher.model) == samples.folder() / samples.TEACHER:
-        samples.require(samples.TEACHER)
-    teacher = teacher_config(recipe.teacher.model, trust_remote_code=recipe.teacher.trust_remote_code)
-    config.check_against_teacher(
-        recipe,
-        layers=teacher.num_hidden_layers,
-        hidden=teacher.hidden_size,
-        positions=position_limit(teacher),
-    )
-    corpus = Corpus.open(recipe.data.corpus)
-    _check_tokenizer(corpus, recipe.teacher.model)
-    checkpoints = Path(recipe.run.output) / "checkpoints"
-    record = checkpoint.find(checkpoints, resume, log=_say_on_main)
-    if record is not None:
-        checkpoint.check_belongs(
-            record, recipe=recipe.learned(), corpus_fingerprint=corpus.fingerprint, folder=checkpoints
-        )
-    return corpus, record
-
-
-def distill(recipe: Recipe, ds_config: dict[str, Any], *, resume: str = "auto", stop_at_step: int | None = None) -> int:
+def distill(
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    *,
+    resume: str = "auto",
+    stop_at_step: int | None = None,
+    profile: bool = False,
+) -> int:
     """Run the recipe on this rank and return the exit code.
 
     Args:
@@ -69,16 +45,19 @@ def distill(recipe: Recipe, ds_config: dict[str, Any], *, resume: str = "auto", 
         ds_config: a DeepSpeed configuration, see `engine.read_ds_config`.
         resume: "auto", "never" or a step, see `checkpoint.find`.
         stop_at_step: save and leave after this step, as if the job's time were over, but with exit code 0.
+        profile: write a trace of a few steps into the run's folder.
 
     Returns:
-        0 when the last step (or `stop_at_step`) is done and saved, EXIT_REQUEUE after a signal.
+        0 when the last step (or `stop_at_step`) is done and saved, EXIT_REQUEUE after a signal, EXIT_DIVERGED when too
+        many steps in a row were not finite.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    corpus, record = preflight(recipe, ds_config, world_size=world_size, resume=resume)
+    corpus, record = preflight.check(recipe, ds_config, world_size=world_size, resume=resume)
     engine.init_distributed()
     run = Distillation(recipe, engine.merge(recipe, ds_config, world_size=world_size), corpus, record)
     try:
-        return run.train(stop_at_step)
+        with profiler(run.output, run.rank) if profile else contextlib.nullcontext() as tracer:
+            return run.train(stop_at_step, after_step=tracer.step if tracer else lambda: None)
     finally:
         run.close()
 
@@ -94,9 +73,12 @@ class Distillation:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = engine.device()
         self.stop = StopRequest()
+        self.timer = PhaseTimer(self.device)
+        self.micro_batch_samples = ds_config["train_micro_batch_size_per_gpu"]
+        self.accumulation_steps = ds_config["gradient_accumulation_steps"]
         order = {name: value for name, value in dataclasses.asdict(recipe.data).items() if name != "corpus"}
         self.options = DataOptions(seed=recipe.run.seed, **order)
-        student = self._build_student()
+        student = fresh_student(recipe)
         where = placement.choose(
             recipe.teacher,
             dtype=engine.compute_dtype(ds_config),
@@ -104,12 +86,19 @@ class Distillation:
             world_size=self.world_size,
         )
         self.teacher = placement.start_teacher(recipe.teacher, where, ds_config)
+        self.step_flops = flops.step_flops(
+            getattr(self.teacher, "module", self.teacher),
+            student,
+            seq_tokens=recipe.data.seq_tokens,
+            global_batch_samples=recipe.optimizer.global_batch_samples,
+            pairs=len(recipe.relations.pairs),
+        )
         if self.rank == 0:
-            self._describe_run(student, ds_config)
+            run_folder.describe(self.output, recipe, ds_config, corpus, student)
         self.student = engine.start_student(student, recipe.optimizer, ds_config)
-        self.step, self.lr = 0, 0.0
+        self.step, self.lr, self.skipped_in_a_row = 0, 0.0, 0
         if record is not None:
-            checkpoint.load(self.student, self.output / "checkpoints", record)
+            checkpoint.load(self.student, self.output / run_folder.CHECKPOINTS, record)
             self.step = record.step
         self.log = RunLog(
             self.output,
@@ -119,9 +108,6 @@ class Distillation:
             is_main=self.rank == 0,
         )
         self.log.say(f"teacher: {where.kind} ({where.reason})")
-        self.timer = PhaseTimer(self.device)
-        self.micro_batch_samples = ds_config["train_micro_batch_size_per_gpu"]
-        self.accumulation_steps = ds_config["gradient_accumulation_steps"]
         self.loader = Loader(
             corpus,
             self.options,
@@ -136,7 +122,7 @@ class Distillation:
     def samples_seen(self) -> int:
         return self.step * self.recipe.optimizer.global_batch_samples
 
-    def train(self, stop_at_step: int | None = None) -> int:
+    def train(self, stop_at_step: int | None = None, after_step=lambda: None) -> int:
         """Take steps until the recipe's last one, `stop_at_step`, or a signal; save; return the exit code."""
         last_step = self.recipe.optimizer.steps
         end = min(last_step, stop_at_step or last_step)
@@ -145,20 +131,28 @@ class Distillation:
         else:
             self.log.say(f"resumed from step {self.step} ({self.samples_seen:,} samples seen)")
         batches = iter(self.loader)
-        saved_step, interval = self.step, _Interval(self.step)
+        interval = _Interval(self.step)
         while self.step < end:
+            faulthandler.dump_traceback_later(self.recipe.logging.hang_seconds)
             losses = self._take_step(batches)
+            after_step()
             if self.step % self.recipe.logging.every_steps == 0 or self.step == end:
                 self._log_step(losses, interval)
                 interval = _Interval(self.step)
             if self._validation_is_due():
                 self.validate()
             stopping = self.stop.agreed(self.device)
-            if stopping or self.step == end or self.step % self.recipe.checkpoint.every_steps == 0:
+            diverged = self.skipped_in_a_row >= self.recipe.checkpoint.stop_after_skipped_steps
+            if stopping or diverged or self.step == end or self.step % self.recipe.checkpoint.every_steps == 0:
                 self.save()
-                saved_step = self.step
+            if diverged:
+                self.log.say(
+                    f"giving up: {self.skipped_in_a_row} steps in a row were not finite. The weights are those before "
+                    f"them; their samples are in metrics.jsonl. Lower optimizer.peak_lr, or look at the data."
+                )
+                return EXIT_DIVERGED
             if stopping and self.step < last_step:
-                self.log.say(f"stopping: {self.stop.reason}; saved step {saved_step}, start again to go on")
+                self.log.say(f"stopping: {self.stop.reason}; saved step {self.step}, start again to go on")
                 return EXIT_REQUEUE
         if self.step < last_step:
             self.log.say(f"stopped after step {self.step} as asked; start again to go on")
@@ -169,8 +163,8 @@ class Distillation:
     def validate(self) -> None:
         """Measure the relation loss on the first held-out samples, without dropout, and log it."""
         self.student.eval()
-        totals: dict[str, torch.Tensor] = {}
-        rows = torch.zeros((), dtype=torch.float64, device=self.device)
+        names = ["loss", *self.recipe.relations.pairs]
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.device)
         batches = validation_batches(
             self.corpus,
             self.options,
@@ -182,16 +176,13 @@ class Distillation:
         with torch.no_grad():
             for batch in batches:
                 loss = self._loss(batch)
-                size = batch.input_ids.shape[0]
-                rows += size
-                for name, value in {"loss": loss.total, **loss.per_pair}.items():
-                    totals[name] = totals.get(name, 0.0) + value.double() * size
+                means = torch.stack([loss.total, *loss.per_pair.values(), torch.ones_like(loss.total)])
+                sums += means.double() * batch.input_ids.shape[0]
         self.student.train()
-        names = ["loss", *self.recipe.relations.pairs]
-        sums = torch.stack([torch.as_tensor(totals.get(name, 0.0), device=self.device) for name in names] + [rows])
+        self.timer.take()
         dist.all_reduce(sums)
-        means = (sums[:-1] / sums[-1]).tolist()
-        values = dict(loss=means[0], per_pair=dict(zip(names[1:], means[1:], strict=True)))
+        total, *parts = (sums[:-1] / sums[-1]).tolist()
+        values = dict(loss=total, per_pair=dict(zip(names[1:], parts, strict=True)))
         self.log.record("validation", self.step, {"samples_seen": self.samples_seen, **values})
         self.log.say(f"held-out loss at step {self.step}: {_loss_text(values)}")
 
@@ -210,7 +201,7 @@ class Distillation:
         keep = self.recipe.checkpoint
         checkpoint.save(
             self.student,
-            self.output / "checkpoints",
+            self.output / run_folder.CHECKPOINTS,
             record,
             keep_last=keep.keep_last,
             keep_every_steps=keep.keep_every_steps,
@@ -218,26 +209,45 @@ class Distillation:
         self.log.say(f"saved {checkpoint.tag_of(self.step)} in {time.perf_counter() - began:.1f} s")
 
     def close(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
         self.loader.close()
         self.log.close()
 
     def _take_step(self, batches: Iterator[Batch]) -> dict[str, torch.Tensor]:
         """One optimizer step; the loss and its parts, means over this rank's micro-batches, on the device."""
         torch.manual_seed(step_seed(self.recipe.run.seed, self.step, self.rank))
-        sums: dict[str, torch.Tensor] = {}
+        names = ["loss", *self.recipe.relations.pairs]
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         self.lr = self.student.get_lr()[0]
-        for _ in range(self.accumulation_steps):
+        stepped = True
+        for number in range(self.accumulation_steps):
             with self.timer.phase("data_wait"):
                 batch = next(batches)
             loss = self._loss(batch)
             with self.timer.phase("backward"):
                 self.student.backward(loss.total)
+            sums += torch.stack([loss.total.detach(), *loss.per_pair.values()])
             with self.timer.phase("step"):
-                self.student.step()
-            for name, value in {"loss": loss.total.detach(), **loss.per_pair}.items():
-                sums[name] = sums.get(name, 0.0) + value / self.accumulation_steps
+                last = number == self.accumulation_steps - 1
+                stepped = engine.take_step(self.student, finite=not last or self._all_finite(sums))
         self.step += 1
-        return sums
+        self._count_skipped(stepped)
+        return dict(zip(names, sums / self.accumulation_steps, strict=True))
+
+    def _all_finite(self, sums: torch.Tensor) -> bool:
+        """Whether the losses were finite on all ranks."""
+        bad = (~sums.isfinite().all()).to(torch.int32)
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        return not bad.item()
+
+    def _count_skipped(self, stepped: bool) -> None:
+        self.skipped_in_a_row = 0 if stepped else self.skipped_in_a_row + 1
+        if stepped:
+            return
+        batch = self.recipe.optimizer.global_batch_samples
+        samples = dict(first_sample=self.samples_seen - batch, last_sample=self.samples_seen - 1)
+        self.log.record("skipped", self.step, {"in_a_row": self.skipped_in_a_row, **samples})
+        self.log.say(f"step {self.step} skipped: loss or gradient not finite (samples {list(samples.values())})")
 
     def _loss(self, batch: Batch) -> RelationLoss:
         inputs = {
@@ -260,58 +270,47 @@ class Distillation:
             )
 
     def _log_step(self, losses: dict[str, torch.Tensor], interval: "_Interval") -> None:
-        means = torch.stack([losses[name].double() for name in losses])
+        means = torch.stack(list(losses.values()))
         dist.all_reduce(means)
         loss, *parts = (means / self.world_size).tolist()
-        pairs = dict(zip(list(losses)[1:], parts, strict=True))
-        seconds = time.perf_counter() - interval.began
-        steps = self.step - interval.first_step
-        tokens = steps * self.recipe.optimizer.global_batch_samples * self.recipe.data.seq_tokens
-        values = dict(
+        seconds = interval.seconds_a_step(self.step)
+        tokens = self.recipe.optimizer.global_batch_samples * self.recipe.data.seq_tokens
+        phases = {name: spent / interval.steps(self.step) for name, spent in self.timer.take().items()}
+        values: dict[str, Any] = dict(
             loss=loss,
-            per_pair=pairs,
+            per_pair=dict(zip(list(losses)[1:], parts, strict=True)),
             lr=self.lr,
             gradient_norm=float(self.student.get_global_grad_norm() or 0.0),
+            skipped_steps=self.student.skipped_steps,
             samples_seen=self.samples_seen,
+            tokens_seen=self.step * tokens,
             tokens_per_second=tokens / seconds,
-            seconds={name: spent / steps for name, spent in self.timer.take().items()} | {"total": seconds / steps},
+            flops_per_second=self.step_flops / seconds,
+            seconds=phases | {"total": seconds},
+            peak_memory_bytes=peak_memory_bytes(self.device),
             shares=self.loader.shares(self.samples_seen),
         )
+        if self.device.type == "cuda" and (peak := flops.peak_flops(torch.cuda.get_device_name())):
+            values["model_flops_utilisation"] = values["flops_per_second"] / (peak * self.world_size)
         self.log.record("train", self.step, values)
-        self.log.progress(self.step, f"{_loss_text(values)}  lr {values['lr']:.1e}  {tokens / seconds:,.0f} tokens/s")
+        self.log.progress(self.step, f"{_loss_text(values)}  lr {self.lr:.1e}  {tokens / seconds:,.0f} tokens/s")
 
     def _validation_is_due(self) -> bool:
         every = self.recipe.logging.validate_every_steps
         return self.step == self.recipe.optimizer.steps or bool(every and self.step % every == 0)
-
-    def _build_student(self):
-        student = self.recipe.student
-        return build_student(
-            StudentShape.parse(student.shape, heads=student.heads, feed_forward=student.feed_forward),
-            teacher_config(self.recipe.teacher.model, trust_remote_code=self.recipe.teacher.trust_remote_code),
-            family=student.family,
-            init=student.init,
-            tail_init=student.tail_init,
-            dropout=student.dropout,
-            seed=self.recipe.run.seed,
-            teacher_model=self.recipe.teacher.model,
-        )
-
-    def _describe_run(self, student, ds_config: dict[str, Any]) -> None:
-        """Put beside the checkpoints what it takes to read them without the teacher, the corpus or this recipe."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        config.write_recipe(self.recipe, self.output / "recipe.toml")
-        durable.write(self.output / "deepspeed.json", json.dumps(ds_config, indent=2))
-        model = self.output / "model"
-        shutil.copytree(self.corpus.folder / "tokenizer", model, dirs_exist_ok=True)
-        student.backbone.config.save_pretrained(model)
 
 
 class _Interval:
     """Since when the throughput is counted."""
 
     def __init__(self, first_step: int) -> None:
-        self.first_step, self.began = first_step, time.perf_counter()
+        self._first_step, self._began = first_step, time.perf_counter()
+
+    def steps(self, step: int) -> int:
+        return step - self._first_step
+
+    def seconds_a_step(self, step: int) -> float:
+        return (time.perf_counter() - self._began) / self.steps(step)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -320,20 +319,6 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _check_tokenizer(corpus: Corpus, teacher_model: str) -> None:
-    ours, theirs = Tokenizer.load(teacher_model).fingerprint, corpus.manifest.tokenizer["fingerprint"]
-    if ours != theirs:
-        raise UserError(
-            f"the corpus {corpus.folder} was made with another tokenizer ({theirs[:12]}) than that of the teacher "
-            f"{teacher_model} ({ours[:12]}). Prepare it again: minilm prepare --tokenizer {teacher_model} ..."
-        )
-
-
 def _loss_text(values: dict[str, Any]) -> str:
     parts = "  ".join(f"{pair} {value:.4f}" for pair, value in values["per_pair"].items())
     return f"loss {values['loss']:.4f}  ({parts})"
-
-
-def _say_on_main(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)

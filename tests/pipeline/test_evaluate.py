@@ -5,7 +5,7 @@ import torch
 
 from data_prep.errors import UserError
 from pipeline.evaluate import evaluate, linear_probe, read_probe
-from pipeline.export import FinishedRun
+from pipeline.run_folder import FinishedRun
 
 
 def test_scores_of_a_real_run(runs, samples):

@@ -5,8 +5,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from data_prep.errors import UserError
-from pipeline.export import FinishedRun, export
+from pipeline.export import export
 from pipeline.monitor import read_metrics
+from pipeline.run_folder import FinishedRun
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def test_a_finished_run_started_again_changes_nothing(runs, distill):
 def test_checkpoint_of_another_recipe_is_refused_and_kept(runs, distill):
     before = sorted((path, path.stat().st_mtime_ns) for path in runs.unbroken.rglob("*"))
     process = distill(runs.unbroken, "optimizer.peak_lr=5e-4", expect=2)
-    assert "optimizer.peak_lr: 0.0005 here, 0.001 there" in process.stderr
+    assert "optimizer.peak_lr: 0.0005 here, 0.002 there" in process.stderr
     assert "Traceback" not in process.stderr
     assert sorted((path, path.stat().st_mtime_ns) for path in runs.unbroken.rglob("*")) == before
 

@@ -1,0 +1,31 @@
+"""The models that a recipe asks for, before their first step."""
+
+from transformers import PretrainedConfig
+
+from pipeline.config import Recipe
+from pipeline.models import RelationEncoder, StudentShape, build_student, teacher_config
+
+
+def teacher_settings(recipe: Recipe) -> PretrainedConfig:
+    """The teacher's configuration."""
+    return teacher_config(recipe.teacher.model, trust_remote_code=recipe.teacher.trust_remote_code)
+
+
+def student_shape(recipe: Recipe) -> StudentShape:
+    """The student's sizes; a UserError where they do not go together."""
+    student = recipe.student
+    return StudentShape.parse(student.shape, heads=student.heads, feed_forward=student.feed_forward)
+
+
+def fresh_student(recipe: Recipe) -> RelationEncoder:
+    """The student as it is before its first step; the same one at every call."""
+    return build_student(
+        student_shape(recipe),
+        teacher_settings(recipe),
+        family=recipe.student.family,
+        init=recipe.student.init,
+        tail_init=recipe.student.tail_init,
+        dropout=recipe.student.dropout,
+        seed=recipe.run.seed,
+        teacher_model=recipe.teacher.model,
+    )

@@ -1,0 +1,62 @@
+"""Everything about a run that can be refused without loading weights or starting a process group."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from data_prep import samples
+from data_prep.errors import UserError
+from data_prep.shards import Corpus
+from data_prep.tokenizer import Tokenizer
+from pipeline import checkpoint, config, engine
+from pipeline.build import student_shape, teacher_settings
+from pipeline.config import Recipe
+from pipeline.models import position_limit
+
+
+def check(
+    recipe: Recipe, ds_config: dict[str, Any], *, world_size: int, resume: str
+) -> tuple[Corpus, checkpoint.Record | None]:
+    """Refuse what cannot run.
+
+    Args:
+        recipe: what is to be learned.
+        ds_config: of `engine.read_ds_config`.
+        world_size: ranks that will run it.
+        resume: "auto", "never" or a step, see `checkpoint.find`.
+
+    Returns:
+        The opened corpus, and the record of the checkpoint to resume from (None: a fresh start).
+
+    Raises:
+        UserError: what was given, what was expected, what to do.
+    """
+    engine.merge(recipe, ds_config, world_size=world_size)
+    student_shape(recipe)
+    if Path(recipe.teacher.model) == samples.folder() / samples.TEACHER:
+        samples.require(samples.TEACHER)
+    teacher = teacher_settings(recipe)
+    sizes = dict(layers=teacher.num_hidden_layers, hidden=teacher.hidden_size, positions=position_limit(teacher))
+    config.check_against_teacher(recipe, **sizes)
+    corpus = Corpus.open(recipe.data.corpus)
+    _check_tokenizer(corpus, recipe.teacher.model)
+    checkpoints = Path(recipe.run.output) / "checkpoints"
+    record = checkpoint.find(checkpoints, resume, log=_say_on_main)
+    if record is not None:
+        ours = dict(recipe=recipe.learned(), corpus_fingerprint=corpus.fingerprint)
+        checkpoint.check_belongs(record, **ours, folder=checkpoints)
+    return corpus, record
+
+
+def _check_tokenizer(corpus: Corpus, teacher_model: str) -> None:
+    ours, theirs = Tokenizer.load(teacher_model).fingerprint, corpus.manifest.tokenizer["fingerprint"]
+    if ours != theirs:
+        raise UserError(
+            f"the corpus {corpus.folder} was made with another tokenizer ({theirs[:12]}) than that of the teacher "
+            f"{teacher_model} ({ours[:12]}). Prepare it again: minilm prepare --tokenizer {teacher_model} ..."
+        )
+
+
+def _say_on_main(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
