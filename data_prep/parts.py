@@ -22,7 +22,7 @@ from data_prep.shards import COPY_BYTES, ShardInfo, ShardWriter
 SPLITS = ("train", "validation")
 
 
-def publish(path: Path, chunks: Iterable) -> None:
+def publish(path: Path, chunks: Iterable, *, sync_folder: bool = True) -> None:
     """Writes a file aside under a name of its own, flushes it to the disk and renames it.
 
     The name is unique because a worker that outlived a killed run may still be writing the same part.
@@ -38,7 +38,8 @@ def publish(path: Path, chunks: Iterable) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    durable.sync_folder(path.parent)
+    if sync_folder:
+        durable.sync_folder(path.parent)
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ class Part:
     def write(self, tokens: dict[str, list[np.ndarray]], signed_lengths: np.ndarray, record: dict[str, int]) -> None:
         """Writes all files of the part, the record last."""
         for split in SPLITS:
-            publish(self.tokens_file(split), (np.ascontiguousarray(ids).data for ids in tokens[split]))
-        publish(self._file("lengths"), [np.asarray(signed_lengths, dtype="<i4").tobytes()])
+            if tokens[split]:
+                chunks = (np.ascontiguousarray(ids).data for ids in tokens[split])
+                publish(self.tokens_file(split), chunks, sync_folder=False)
+        publish(self._file("lengths"), [np.asarray(signed_lengths, dtype="<i4").tobytes()], sync_folder=False)
         publish(self._file("json"), [json.dumps(record).encode()])
 
     def drop_tokens(self) -> None:
