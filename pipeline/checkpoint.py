@@ -65,9 +65,13 @@ def save(engine, folder: Path, record: Record, *, keep_last: int, keep_every_ste
         folder: the run's `checkpoints/`.
         keep_last: how many of the newest stay.
         keep_every_steps: multiples of it stay for ever; 0 for none.
+
+    Raises:
+        UserError: the disk has too little room; nothing is written then, and earlier checkpoints stay.
     """
     rank, tag = dist.get_rank(), tag_of(record.step)
     target = folder / tag
+    _check_room(engine, folder)
     if rank == 0 and target.exists():
         shutil.rmtree(target)  # torn: a whole one of this step would have been resumed from
     dist.barrier()
@@ -194,6 +198,24 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
             master = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
             weights.update({name: tensor.clone() for name, tensor in master.items()})
     return weights
+
+
+def _check_room(engine, folder: Path) -> None:
+    """Refuse on all ranks to begin what the disk cannot hold, before DeepSpeed writes half of it."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
+    # The weights as they are computed with (at most fp32), and for trained ones the fp32 master and Adam's two moments.
+    needed = sum(count * (16 if trained else 4) for count, trained in sizes)
+    free = [0]
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = [shutil.disk_usage(folder).free]
+    dist.broadcast_object_list(free)
+    if free[0] < needed:
+        raise UserError(
+            f"the disk of {folder} is too full to save: a checkpoint takes about {needed / 1e6:,.0f} MB, "
+            f"{free[0] / 1e6:,.0f} MB are free. Make room and start the same command again; it goes on from the newest "
+            "whole checkpoint."
+        )
 
 
 def _flush_own_files(target: Path, rank: int) -> dict[str, dict[str, Any]]:

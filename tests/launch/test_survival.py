@@ -1,6 +1,7 @@
 """Runs that are killed: what is left behind, what the exit code says, and whether the next start goes on from there."""
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -113,3 +114,56 @@ def test_a_crash_is_not_called_success(small_run, tmp_path, port):
 def _is_launcher(process, victim):
     words = [Path(word).name for word in process.cmdline()[:5]]
     return victim in words
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_says_what_is_needed(small_run, tmp_path, port):
+    """On a file system of its own, of 260 MB: room for two checkpoints of about 110 MB, not for three."""
+    (tmp_path / "disk").mkdir()
+    arguments = [*small_run, "checkpoint.every_steps=2", f"run.output={tmp_path / 'disk' / 'run'}"]
+    start = ["bash", SCRIPT, "--num_gpus=2", f"--master_port={port}", "--recipe", "demo", *arguments]
+    inside = (
+        'mount -t tmpfs -o size=260m tmpfs "$1" && shift && "$@"; code=$?; find "$DISK" -name complete.json; exit $code'
+    )
+    command = ["unshare", "--map-root-user", "--mount", "bash", "-c", inside, "bash", tmp_path / "disk", *start]
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DISK": str(tmp_path / "disk")}
+    process = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=240)
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert re.search("is too full to save: a checkpoint takes about [0-9]+ MB", process.stderr)
+    assert "Traceback" not in process.stderr
+    kept = re.findall("step-0*([0-9]+)/complete.json", process.stdout)
+    assert kept and "6" not in kept
+
+
+def test_chaos_thirty_kills_and_the_same_weights(small_run, distill, tmp_path, port):
+    """Kill a rank, the launcher or the supervisor at random moments, in steps and in saves, and start again."""
+    length = ["optimizer.steps=120", "checkpoint.every_steps=4", "checkpoint.keep_last=2", "logging.every_steps=1"]
+    distill(tmp_path / "undisturbed", *length)
+    chance = random.Random(1)
+    (tmp_path / "chaos").mkdir()
+    kills = 0
+    while True:
+        job = Job(tmp_path / "chaos", port, *small_run, *length)
+        if kills < 30:
+            start = len(read_metrics(job.output))
+            deadline = time.monotonic() + 60
+            while len(read_metrics(job.output)) <= start and job.process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)  # until it takes steps: kills during start-up prove little and cost as much
+            time.sleep(chance.uniform(0, 1.0))
+            if victims := job.processes():
+                chance.choice(victims).kill()
+                kills += 1
+        code = job.process.wait(180)
+        job.wait_until_gone(60)
+        if code == 0:
+            break
+        assert kills, job.log.read_text()
+    ours, theirs = (
+        read_weights(folder / "checkpoints" / "step-00000120") for folder in (job.output, tmp_path / "undisturbed")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert losses_of(job.output) == losses_of(tmp_path / "undisturbed")
+    print(f"{kills} kills")
+
+
+def losses_of(folder):
+    return {record["step"]: record["loss"] for record in read_metrics(folder, "train")}
