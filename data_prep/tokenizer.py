@@ -30,13 +30,14 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import durable
+from data_prep.code_points import NO_BYTE_OF_TEXT, foreign_points, positions_of, same_groups
 from data_prep.errors import UserError
 from data_prep.seams import Seams, find_seams
 
 PIECE_CHARACTERS = 1 << 16
 CHECK_EVERY = 1024  # one document in so many is encoded by both
-SHORT_CHARACTERS = 16
-_SEPARATOR = b"\xff"  # never occurs in UTF-8
+SHORT_BYTES = 16
+_SEPARATOR = bytes([NO_BYTE_OF_TEXT])
 _CONTEXTS = ("{0}.", "x {0}", "a{0}b", "é{0}{0}é", "中{0} {0}1")
 _UNKNOWN, _TRUSTED, _DISTRUSTED = range(3)
 _PROBES = (
@@ -67,8 +68,9 @@ class Encoder:
         self._reference = Backend.from_str(canonical_json)
         self._fast = _load_fast(canonical_json) if mode == "auto" else None
         self._trust = np.zeros(0x110000, dtype=np.uint8)
-        self._added_tokens = [token["content"] for token in json.loads(canonical_json).get("added_tokens", ())]
-        if self._fast is not None and not self._agree(_PROBES):
+        added = json.loads(canonical_json).get("added_tokens", ())
+        self._added_tokens = tuple(token["content"].encode() for token in added if token["content"])
+        if self._fast is not None and not self._agree([probe.encode() for probe in _PROBES]):
             self._fast = None
         self.versions = {
             "reference": f"tokenizers {importlib.metadata.version('tokenizers')}",
@@ -116,15 +118,17 @@ class Encoder:
 
     def _encode_pieces(self, texts: Sequence[str], counts: Counter) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids, lengths, and which texts went the fast way."""
-        trusted = self._trusted(texts, counts)
-        ids, lengths = self._encode_each(texts, trusted)
+        encoded = [text.encode() for text in texts]
+        counts["text_bytes"] += sum(map(len, encoded))
+        trusted = self._trusted(encoded)
+        ids, lengths = self._encode_each(encoded, trusted)
         if (nothing := trusted & (lengths <= 1)).any():
             trusted &= ~nothing
-            ids, lengths = self._encode_each(texts, trusted)
-        self._check_sample(texts, ids, lengths, trusted, counts)
+            ids, lengths = self._encode_each(encoded, trusted)
+        self._check_sample(encoded, ids, lengths, trusted, counts)
         return ids, lengths, trusted
 
-    def _encode_each(self, texts: Sequence[str], trusted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_each(self, texts: Sequence[bytes], trusted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Encodes each text its own way and lays the ids in the order of the texts."""
         if trusted.all():
             return self._encode_fast(texts)
@@ -141,73 +145,60 @@ class Encoder:
             ids[np.repeat(chosen, lengths)] = side_ids
         return ids, lengths
 
-    def _encode_by_reference(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        encodings = self._reference.encode_batch_fast(list(texts), add_special_tokens=False)
+    def _encode_by_reference(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        encodings = self._reference.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
         arrays = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         lengths = np.array([len(array) for array in arrays], dtype=np.int64)
         return np.concatenate(arrays or [np.zeros(0, dtype=np.int32)]), lengths
 
-    def _encode_fast(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_fast(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """One call for all texts: through a file in memory, the only way into tokie that makes no Python lists."""
         lengths = np.zeros(len(texts), dtype=np.int64)
-        filled = [number for number, text in enumerate(texts) if text]  # tokie passes over empty texts
+        filled = np.array([len(text) > 0 for text in texts], dtype=bool)  # tokie passes over empty texts
         descriptor, path = _memory_file()
         try:
             with os.fdopen(descriptor, "wb", closefd=False) as file:
-                file.write(_SEPARATOR.join([texts[number].encode() for number in filled]))
+                file.write(_SEPARATOR.join(filter(None, texts)))
             ids, bounds = self._fast.encode_files([path], separator=_SEPARATOR, add_special_tokens=False)
         finally:
             os.close(descriptor)
-        if len(bounds) != len(filled) + 1:
-            raise RuntimeError(f"tokie returned {len(bounds) - 1} documents for {len(filled)}")
+        if len(bounds) != filled.sum() + 1:
+            raise RuntimeError(f"tokie returned {len(bounds) - 1} documents for {filled.sum()}")
         lengths[filled] = np.diff(bounds.astype(np.int64))
         return ids.astype(np.int32, copy=False), lengths
 
-    def _agree(self, texts: Sequence[str]) -> bool:
+    def _agree(self, texts: Sequence[bytes]) -> bool:
         pairs = zip(self._encode_fast(texts), self._encode_by_reference(texts), strict=True)
         return all(np.array_equal(fast, reference) for fast, reference in pairs)
 
     # The guard
 
-    def _trusted(self, texts: Sequence[str], counts: Counter) -> np.ndarray:
-        """Which texts have trusted code points only; tries those that were never seen before."""
-        joined = "".join(texts)
-        plain = joined.encode()
-        counts["text_bytes"] += len(plain)
+    def _trusted(self, texts: Sequence[bytes]) -> np.ndarray:
+        """Which texts tokie may encode; tries code points that were never seen before."""
         if self._fast is None:
             return np.zeros(len(texts), dtype=bool)
-        long_enough = np.array([len(text) >= SHORT_CHARACTERS for text in texts], dtype=bool)
-        if len(plain.translate(None, self._doubtful_ascii)) == len(plain) and not self._spells_added_token(joined):
-            if joined.isascii():
-                return long_enough
-            points = np.frombuffer(joined.encode("utf-32-le"), dtype="<u4")
-            foreign = points[points > 127]  # a small part of most texts
-            self._try_unknown(foreign)
-            if self._trust.take(foreign).max(initial=_TRUSTED) == _TRUSTED:
-                return long_enough
-        return long_enough & self._trusted_one_by_one(texts)
-
-    def _trusted_one_by_one(self, texts: Sequence[str]) -> np.ndarray:
-        points = np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4")
-        self._try_unknown(points)
-        filled = [number for number, text in enumerate(texts) if text]
-        starts = np.cumsum([0] + [len(texts[number]) for number in filled])[:-1]
-        trusted = np.ones(len(texts), dtype=bool)
-        trusted[filled] = np.maximum.reduceat(self._trust.take(points), starts) == _TRUSTED
-        return trusted & ~np.array([self._spells_added_token(text) for text in texts], dtype=bool)
-
-    def _spells_added_token(self, text: str) -> bool:
-        return any(token in text for token in self._added_tokens)
-
-    def _try_unknown(self, points: np.ndarray) -> None:
-        unknown = points[self._trust.take(points) == _UNKNOWN]
-        if len(unknown):
+        trusted = np.array([len(text) >= SHORT_BYTES for text in texts], dtype=bool)
+        data = _SEPARATOR.join(texts)
+        positions, points = foreign_points(data)
+        if len(unknown := points[self._trust.take(points) == _UNKNOWN]):
             self._try_code_points(np.unique(unknown))
+        doubtful = [positions[self._trust.take(points) == _DISTRUSTED], self._added_tokens_in(data)]
+        doubtful += [positions_of(byte, data) for byte in self._doubtful_ascii if byte in data]
+        if any(map(len, doubtful)):
+            ends = np.cumsum([len(text) + 1 for text in texts])
+            trusted[np.searchsorted(ends, np.concatenate(doubtful), side="right")] = False
+        return trusted
+
+    def _added_tokens_in(self, data: bytes) -> np.ndarray:
+        """Where special tokens are spelled out."""
+        starts = {token[0] for token in self._added_tokens}
+        places = [int(place) for byte in starts for place in positions_of(byte, data)]
+        return np.array([at for at in places if data.startswith(self._added_tokens, at)], dtype=np.int64)
 
     def _try_code_points(self, points: np.ndarray) -> None:
         """Encodes code points in several contexts both ways, and notes which gave the same ids."""
-        texts = [context.format(chr(point)) for point in points for context in _CONTEXTS]
-        alike = _same_groups(self._encode_fast(texts), self._encode_by_reference(texts), len(_CONTEXTS))
+        texts = [context.format(chr(point)).encode() for point in points for context in _CONTEXTS]
+        alike = same_groups(self._encode_fast(texts), self._encode_by_reference(texts), len(_CONTEXTS))
         self._trust[points] = np.where(alike, _TRUSTED, _DISTRUSTED)
 
     def _check_sample(self, texts, ids, lengths, trusted, counts: Counter) -> None:
@@ -218,23 +209,17 @@ class Encoder:
             if not np.array_equal(ids[ends[number] - lengths[number] : ends[number]], expected):
                 raise UserError(
                     f"the fast encoder ({self.versions['fast']}) and the teacher's tokenizer disagree on a document "
-                    f"that begins {texts[number][:60]!r}. Delete what was made so far and run with --encoder reference."
+                    f"that begins {texts[number].decode()[:60]!r}. Delete what was made so far and run with --encoder reference."
                 )
         counts["encoded_twice"] += len(numbers)
+
+    def _reference_ids(self, texts: Sequence[str]) -> np.ndarray:
+        return self._encode_by_reference([text.encode() for text in texts])[0]
 
     @functools.cached_property
     def _seams(self) -> Seams | None:
         """How long texts may be cut; None if this tokenizer must see them whole."""
-        return find_seams(json.loads(self._json), lambda texts: self._encode_by_reference(texts)[0])
-
-
-def _same_groups(first: tuple, second: tuple, group_texts: int) -> np.ndarray:
-    """Which groups of texts have the same ids in two encodings, each given as flat ids and lengths."""
-    same = first[1] == second[1]
-    ids = [encoded[0][np.repeat(same, encoded[1])] for encoded in (first, second)]
-    owner = np.repeat(np.flatnonzero(same), first[1][same])
-    same[owner[ids[0] != ids[1]]] = False
-    return same.reshape(-1, group_texts).all(axis=1)
+        return find_seams(json.loads(self._json), self._reference_ids)
 
 
 def _load_fast(canonical_json: str):

@@ -11,7 +11,7 @@ import numpy as np
 
 from data_prep import sources
 from data_prep.errors import UserError
-from data_prep.formats import Block, Document
+from data_prep.formats import BadRecord, Block
 from data_prep.parts import SPLITS, Part
 from data_prep.sources import Unit
 from data_prep.tokenizer import Encoder
@@ -58,7 +58,7 @@ def encode_unit(unit: Unit, block_number: int, block: Block | None, options: Uni
     counts: Counter[str] = Counter()
     tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     signed_lengths: list[np.ndarray] = []
-    for texts in _batches(_good_documents(unit, block, options, counts)):
+    for texts in _batches(unit, block, options, counts):
         ids, lengths = encoder.encode_flat(texts, counts)
         keep = lengths >= max(1, options.min_tokens)
         held_out = _held_out(texts, options.validation_fraction)
@@ -85,28 +85,25 @@ def _encoder(folder: str) -> Encoder:
     return Encoder.load(folder)
 
 
-def _good_documents(unit: Unit, block: Block | None, options: UnitOptions, counts: Counter) -> Iterator[Document]:
-    for item in sources.documents(unit, block):
-        if isinstance(item, Document):
-            counts["documents_read"] += 1
-            yield item
-        elif options.on_bad_record == "skip":
-            counts["bad_records"] += 1
-        else:
-            raise UserError(
-                f"bad record in {item.describe()}. Mend the file, or count and skip such records with "
-                "--on-bad-record skip."
-            )
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
+def _batches(unit: Unit, block: Block | None, options: UnitOptions, counts: Counter) -> Iterator[list[str]]:
+    """The texts of a piece of work, some millions of characters at a time; bad records stop it or are counted."""
     texts, characters = [], 0
-    for document in documents:
-        texts.append(document.text)
-        characters += len(document.text)
+    for item in sources.documents(unit, block):
+        if isinstance(item, BadRecord):
+            if options.on_bad_record != "skip":
+                raise UserError(
+                    f"bad record in {item.describe()}. Mend the file, or count and skip such records with "
+                    "--on-bad-record skip."
+                )
+            counts["bad_records"] += 1
+            continue
+        texts.append(item.text)
+        characters += len(item.text)
         if characters >= BATCH_CHARACTERS:
+            counts["documents_read"] += len(texts)
             yield texts
             texts, characters = [], 0
+    counts["documents_read"] += len(texts)
     if texts:
         yield texts
 
