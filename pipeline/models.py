@@ -1,31 +1,25 @@
-"""Teacher and student: Hugging Face encoders that run only as far as the queries, keys and values the loss compares.
+"""The frozen teacher and the student: loaded, shaped, built.
 
-`RelationEncoder` wraps an ordinary encoder (`backbone`) without changing it: during its own forward the last layer is
-replaced by its Q/K/V projections, and at any other time the backbone is the plain model, so that its names, its
-`save_pretrained` and its forward are Hugging Face's. The teacher is built with its first L layers only.
-
-The last layer's attention output and feed-forward ("the tail") get no gradient from this loss. They are frozen, so that
-an optimizer neither holds state for them nor lets weight decay shrink them.
+The teacher is built with its first L layers only, and ends at the projections of layer L. The student's last attention
+output and feed-forward ("the tail") get no gradient from the relation loss. They are frozen, so that an optimizer
+neither holds state for them nor lets weight decay shrink them.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
 from data_prep.errors import UserError
-from pipeline import cpu_attention, student_init
-from pipeline.architectures import Architecture, architecture_of, position_limit
-from pipeline.pieces import segments
-from pipeline.relations import QKV
+from pipeline import student_init
+from pipeline.architectures import architecture_of, position_limit
+from pipeline.encoder import RelationEncoder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -38,155 +32,10 @@ __all__ = [
     "position_limit",
     "tail_parameter_names",
     "teacher_config",
+    "with_layers",
 ]
 
 FAMILIES = ("teacher", "bert")
-
-
-class RelationEncoder(nn.Module):
-    """An encoder whose forward returns the queries, keys and values of its last layer.
-
-    Attributes:
-        backbone: the Hugging Face model; outside of this module's forward it behaves like any other.
-        config: the backbone's configuration.
-    """
-
-    def __init__(self, backbone: PreTrainedModel) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.architecture = architecture_of(backbone.config)
-
-    @property
-    def config(self) -> PretrainedConfig:
-        return self.backbone.config
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
-    ) -> QKV:
-        """Queries, keys and values of the last layer, [batch, positions, hidden] each, before any rotation.
-
-        Args:
-            input_ids: int64 [batch, positions].
-            attention_mask: bool [batch, positions], True where there is a real token; None: no padding.
-            position_ids: int64 [batch, positions], counted from 0; None: the model's own numbering.
-            document_ids: int [batch, positions]; attention stays inside positions of equal number. None: no borders.
-        """
-        if position_ids is not None:
-            position_ids = position_ids + self.architecture.position_offset(self.config)
-        if self._fits_cpu_attention(input_ids, attention_mask):
-            return self._forward_without_padding(input_ids, attention_mask, position_ids, document_ids)
-        allowed = allowed_scores(attention_mask, document_ids)
-        with self._projecting_last_layer() as qkv, self._masking(allowed, attention_mask, input_ids) as mask:
-            self.backbone(input_ids, attention_mask=mask, position_ids=position_ids)
-        return qkv[0]
-
-    def _fits_cpu_attention(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
-        if input_ids.device.type != "cpu" or (attention_mask is not None and not attention_mask.any()):
-            return False
-        layers = self.architecture.layer_list(self.backbone)
-        checkpointing = getattr(layers[0], "gradient_checkpointing", False)  # would run layers again, outside of this
-        return self.architecture.segments and self.config._attn_implementation == "sdpa" and not checkpointing
-
-    def _forward_without_padding(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, document_ids: Tensor | None
-    ) -> QKV:
-        """The same on a CPU: real positions only, end to end in one row, attending inside their segments."""
-        if attention_mask is None and document_ids is None:
-            with self._projecting_last_layer() as qkv, cpu_attention.installed(self.config, None):
-                self.backbone(input_ids, position_ids=position_ids)
-            return qkv[0]
-        if position_ids is None:
-            position_ids = self._default_positions(input_ids, attention_mask)
-        if document_ids is not None:
-            real = document_ids >= 0
-            attention_mask = real if attention_mask is None else attention_mask & real
-        found = segments(attention_mask, document_ids, input_ids.shape, input_ids.device)
-        ids, positions = (x.flatten()[found.order][None] for x in (input_ids, position_ids))
-        with self._projecting_last_layer() as qkv, cpu_attention.installed(self.config, found.sizes):
-            self.backbone(ids, position_ids=positions)
-        zeros = qkv[0].query.new_zeros(input_ids.numel(), qkv[0].query.shape[-1])
-        return QKV(*(zeros.index_copy(0, found.order, x[0]).view(*input_ids.shape, -1) for x in qkv[0]))
-
-    def _default_positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """How the backbone numbers positions by itself, [batch, positions]."""
-        numbers = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
-        if self.architecture.first_position is None and attention_mask is not None:  # RoBERTa skips padding
-            numbers = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        return numbers + self.architecture.position_offset(self.config)
-
-    @contextmanager
-    def _projecting_last_layer(self) -> Iterator[list[QKV]]:
-        """Replace the last layer's forward by its projections, whose result appears in the list."""
-        layer = self.architecture.layer_list(self.backbone)[-1]
-        found: list[QKV] = []
-
-        def forward(hidden_states: Tensor, *_: object, **__: object):
-            found.append(project(layer, hidden_states, self.architecture))
-            return (hidden_states, None) if self.architecture.layer_returns_tuple else hidden_states
-
-        previous = layer.__dict__.get("forward")
-        layer.forward = forward
-        try:
-            yield found
-        finally:
-            if previous is None:
-                del layer.forward
-            else:
-                layer.forward = previous
-
-    @contextmanager
-    def _masking(
-        self, allowed: Tensor | None, attention_mask: Tensor | None, input_ids: Tensor
-    ) -> Iterator[Tensor | dict[str, Tensor] | None]:
-        """The attention mask as the backbone takes it, from the allowed scores."""
-        if self.architecture.mask == "deberta":  # wants [batch, positions] and makes its own scores' mask of it
-            encoder = self.backbone.encoder
-            if allowed is not None:
-                encoder.get_attention_mask = lambda _: allowed
-            try:
-                yield torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-            finally:
-                encoder.__dict__.pop("get_attention_mask", None)
-        elif allowed is None:
-            yield None
-        elif self.architecture.mask == "sliding":  # a ready mask is not narrowed to the window of local layers
-            at = torch.arange(input_ids.shape[1], device=input_ids.device)
-            near = (at[:, None] - at).abs() <= self.config.sliding_window
-            masks = {"full_attention": allowed, "sliding_attention": allowed & near}
-            yield {name: self._for_attention(mask) for name, mask in masks.items()}
-        else:
-            yield self._for_attention(allowed)
-
-    def _for_attention(self, allowed: Tensor) -> Tensor:
-        """SDPA takes booleans; a hand-written attention adds the mask to its scores."""
-        if self.config._attn_implementation == "sdpa":
-            return allowed
-        dtype = self.backbone.dtype
-        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-
-
-def allowed_scores(attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
-    """Which position may attend to which, bool [batch, 1, 1 or positions, positions]; None: all to all."""
-    if attention_mask is None and document_ids is None:
-        return None
-    allowed = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-    if document_ids is not None:
-        same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-        allowed = same if allowed is None else same & allowed
-    # Scores with nothing allowed would give NaN, which even a gradient of zero does not remove.
-    return allowed | ~allowed.any(-1, keepdim=True)
-
-
-def project(layer: nn.Module, hidden_states: Tensor, architecture: Architecture) -> QKV:
-    """Queries, keys and values of a layer for its input [batch, positions, hidden]."""
-    if architecture.norm is not None:
-        hidden_states = layer.get_submodule(architecture.norm)(hidden_states)
-    outputs = [layer.get_submodule(name)(hidden_states) for name in architecture.projections]
-    return QKV(*(outputs if len(outputs) == 3 else outputs[0].chunk(3, dim=-1)))
 
 
 def teacher_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -218,7 +67,7 @@ def teacher_config(model: str, trust_remote_code: bool = False) -> PretrainedCon
 def load_teacher(
     model: str,
     *,
-    layer: int,
+    layer: int | Sequence[int],
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
@@ -227,7 +76,8 @@ def load_teacher(
 
     Args:
         model: local folder, or id of a model on the hub, with safetensors weights.
-        layer: the layer compared, counted from 1 as in the paper; later layers are not loaded.
+        layer: the layer compared, counted from 1 as in the paper; later layers are not loaded. Several layers, in
+            rising order, make the teacher return a tuple.
         dtype: of the weights and of the result.
         device: where it runs.
         trust_remote_code: run the code that comes with the model.
@@ -236,10 +86,15 @@ def load_teacher(
         UserError: the model is missing or incomplete, its architecture unknown, or it has no such layer.
     """
     config = teacher_config(model, trust_remote_code)
-    if not 1 <= layer <= config.num_hidden_layers:
-        raise UserError(f"teacher layer {layer} does not exist: {model} has layers 1 to {config.num_hidden_layers}")
-    backbone = _load_backbone(model, with_layers(config, layer), dtype, trust_remote_code)
-    return RelationEncoder(backbone).to(device).eval().requires_grad_(False)
+    layers = None if isinstance(layer, int) else tuple(layer)
+    for number in (layer,) if layers is None else layers:
+        if not 1 <= number <= config.num_hidden_layers:
+            raise UserError(
+                f"teacher layer {number} does not exist: {model} has layers 1 to {config.num_hidden_layers}"
+            )
+    deepest = layer if layers is None else max(layers, default=1)
+    backbone = _load_backbone(model, with_layers(config, deepest), dtype, trust_remote_code)
+    return RelationEncoder(backbone, layers).to(device).eval().requires_grad_(False)
 
 
 def _location(model: str) -> str:
@@ -319,6 +174,7 @@ def build_student(
     seed: int = 1,
     teacher_model: str | None = None,
     trust_remote_code: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> RelationEncoder:
     """A student in train mode, its tail frozen.
 
@@ -332,13 +188,14 @@ def build_student(
         seed: of the random weights.
         teacher_model: where the teacher's weights are, for an `init` that uses them.
         trust_remote_code: run the code that comes with the teacher.
+        layers: layers whose queries, keys and values the student returns, see `RelationEncoder`.
 
     Raises:
         UserError: family, init or tail_init is unknown, or the shape does not fit the architecture.
     """
     from transformers import AutoModel
 
-    kind, layers = student_init.parse_init(init, shape.layers, teacher.num_hidden_layers)
+    kind, origins = student_init.parse_init(init, shape.layers, teacher.num_hidden_layers)
     if tail_init not in student_init.TAIL_INITS:
         raise UserError(f"tail_init {tail_init!r} is unknown; choose one of {', '.join(student_init.TAIL_INITS)}")
     if kind != "random" and teacher_model is None:
@@ -347,10 +204,10 @@ def build_student(
     options = {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = RelationEncoder(AutoModel.from_config(config, dtype=torch.float32, **options))
+        encoder = RelationEncoder(AutoModel.from_config(config, dtype=torch.float32, **options), layers)
     if kind != "random":
         weights = _load_backbone(teacher_model, teacher, torch.float32, trust_remote_code)
-        student_init.start_from_teacher(encoder, weights, kind, layers)
+        student_init.start_from_teacher(encoder, weights, kind, origins)
     if tail_init == "identity":
         student_init.clear_tail(encoder)
     for name in tail_parameter_names(encoder):

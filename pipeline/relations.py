@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,6 +91,26 @@ def relation_loss(
     else:
         raise UserError(f"unknown implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
     return RelationLoss(total=total, per_pair=dict(zip(pairs, losses.detach().unbind(), strict=True)))
+
+
+def layerwise_relation_loss(
+    teacher: Sequence[QKV], student: Sequence[QKV], *, weights: Sequence[float], **options: Any
+) -> RelationLoss:
+    """Weighted sum of the loss over several pairs of layers, for studies; the paper and the recipes use one pair.
+
+    Args:
+        teacher: one QKV for each pair of layers.
+        student: the same.
+        weights: of the pairs of layers.
+        options: those of `relation_loss`.
+
+    Returns:
+        The weighted total, and the losses as `"1.qq"`, numbered by the pair of layers from 1.
+    """
+    losses = [relation_loss(t, s, **options) for t, s in zip(teacher, student, strict=True)]
+    total = sum(weight * loss.total for weight, loss in zip(weights, losses, strict=True))
+    parts = {f"{i}.{pair}": value for i, loss in enumerate(losses, 1) for pair, value in loss.per_pair.items()}
+    return RelationLoss(total=total, per_pair=parts)
 
 
 def _check(teacher: QKV, student: QKV, heads: int, pairs: Mapping[str, float], mask, document_ids) -> None:

@@ -30,7 +30,7 @@ from pipeline.architectures import Architecture, architecture_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from pipeline.models import RelationEncoder
+    from pipeline.encoder import RelationEncoder
 
 INITS = ("random", "embeddings", "slice", "pca")
 TAIL_INITS = ("random", "identity")

@@ -16,6 +16,7 @@ from pipeline.models import (
     tail_parameter_names,
     teacher_config,
 )
+from pipeline.relations import layerwise_relation_loss
 
 LAYERS, VOCABULARY, POSITIONS = 4, 99, 48
 SIZES = dict(
@@ -219,6 +220,28 @@ def test_mistakes_with_teachers_are_explained(saved, tmp_path):
     bare.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(UserError, match="lacks .* weights"):
         load_teacher(str(tmp_path), layer=1)
+
+
+def test_several_layers_at_once(teacher_folder):
+    ids, mask = padded_batch()
+    together = load_teacher(teacher_folder, layer=[1, 3])(ids, mask)
+    for layer, qkv in zip((1, 3), together, strict=True):
+        for got, expected in zip(qkv, load_teacher(teacher_folder, layer=layer)(ids, mask), strict=True):
+            torch.testing.assert_close(got[mask], expected[mask])
+    student = build_student(SHAPE, teacher_config(teacher_folder), layers=[1, 2])
+    loss = layerwise_relation_loss(together, student(ids, mask), weights=[0.5, 2.0], heads=2, mask=mask)
+    loss.total.backward()
+    assert set(loss.per_pair) == {"1.qq", "1.kk", "1.vv", "2.qq", "2.kk", "2.vv"}
+    expected = sum((0.5 if name[0] == "1" else 2.0) * value for name, value in loss.per_pair.items())
+    torch.testing.assert_close(loss.total.detach(), expected)
+
+
+def test_layers_that_make_no_sense_are_refused(saved):
+    for layers in ([3, 1], [2, 2], [], [0, 1]):
+        with pytest.raises(UserError):
+            load_teacher(str(saved("bert")), layer=layers)
+    with pytest.raises(UserError, match="end with the last"):
+        build_student(SHAPE, teacher_config(str(saved("bert"))), layers=[1])
 
 
 def test_teacher_loads_in_the_asked_precision(saved):
