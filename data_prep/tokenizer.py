@@ -209,7 +209,8 @@ class Encoder:
             if not np.array_equal(ids[ends[number] - lengths[number] : ends[number]], expected):
                 raise UserError(
                     f"the fast encoder ({self.versions['fast']}) and the teacher's tokenizer disagree on a document "
-                    f"that begins {texts[number].decode()[:60]!r}. Delete what was made so far and run with --encoder reference."
+                    f"that begins {texts[number].decode()[:60]!r}. Delete what was made so far and run with "
+                    "--encoder reference."
                 )
         counts["encoded_twice"] += len(numbers)
 
