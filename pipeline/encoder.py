@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class RelationEncoder(nn.Module):
         self.backbone = backbone
         self.architecture = architecture_of(backbone.config)
         self.layers = None if layers is None else tuple(layers)
+        self.is_compiled = False
         depth = len(self.architecture.layer_list(backbone))
         if layers is not None and (not layers or sorted(set(layers)) != list(layers) or layers[-1] != depth):
             raise UserError(f"layers {list(layers)} must rise and end with the last layer that is run, {depth}")
@@ -72,12 +73,25 @@ class RelationEncoder(nn.Module):
             self.backbone(input_ids, attention_mask=mask, position_ids=position_ids)
         return self._result(found)
 
+    def compile_layers(self, **options: Any) -> None:
+        """Compile every layer but the last, of which only the projections run; `options` are torch.compile's.
+
+        One layer is compiled once and serves for all, so this takes seconds, not minutes.
+        """
+        for layer in self.architecture.layer_list(self.backbone)[:-1]:
+            layer.compile(**options)
+        self.is_compiled = True
+
     def _result(self, found: dict[int, QKV]) -> QKV | tuple[QKV, ...]:
         ordered = tuple(found[layer] for layer in sorted(found))
         return ordered[0] if self.layers is None else ordered
 
     def _fits_cpu_attention(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
-        if input_ids.device.type != "cpu" or (attention_mask is not None and not attention_mask.any()):
+        if (
+            input_ids.device.type != "cpu"
+            or self.is_compiled
+            or (attention_mask is not None and not attention_mask.any())
+        ):
             return False
         layers = self.architecture.layer_list(self.backbone)
         checkpointing = getattr(layers[0], "gradient_checkpointing", False)  # would run layers again, outside of this

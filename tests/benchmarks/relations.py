@@ -60,20 +60,20 @@ def inputs(options: argparse.Namespace) -> tuple[QKV, QKV, torch.Tensor | None, 
     return teacher, student, mask.to(options.device) if options.ragged else None, lengths
 
 
-def step(name: str, options: argparse.Namespace, data) -> float:
-    """Seconds of one loss with its gradient."""
+def step(name: str, options: argparse.Namespace, data) -> tuple[float, float]:
+    """Seconds, and seconds of all processors, of one loss with its gradient."""
     teacher, student, mask, lengths = data
     for x in student:
         x.grad = None
     synchronise(options.device)
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     if name == "materialised":
         total = materialised(teacher, student, options.heads, lengths)
     else:
         total = relation_loss(teacher, student, heads=options.heads, mask=mask, implementation=name).total
     total.backward()
     synchronise(options.device)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - busy
 
 
 def synchronise(device: str) -> None:
@@ -136,19 +136,22 @@ def main() -> None:
     rounds = [{name: step(name, options, data) for name in names} for _ in range(options.rounds)]
     result = {
         name: {
-            "seconds": statistics.median(r[name] for r in rounds),
-            "speedup": statistics.median(r["materialised"] / r[name] for r in rounds),
+            "seconds": statistics.median(r[name][0] for r in rounds),
+            "cpu_seconds": statistics.median(r[name][1] for r in rounds),
+            "speedup": statistics.median(r["materialised"][0] / r[name][0] for r in rounds),
+            "cpu_speedup": statistics.median(r["materialised"][1] / r[name][1] for r in rounds),
             "peak_bytes": peak_bytes(name, options),
         }
         for name in names
     }
     shape = f"{options.rows} x {options.positions}{' ragged' if options.ragged else ''}"
     print(f"{shape}, {options.teacher} -> {options.student}, {options.heads} heads, {options.dtype}, {options.device}")
-    print("| | seconds | times faster | peak MiB | times less |\n|---|---|---|---|---|")
+    print("| | seconds | CPU seconds | times faster | (CPU) | peak MiB | times less |\n|" + "---|" * 7)
     for name, row in result.items():
         less = result["materialised"]["peak_bytes"] / max(row["peak_bytes"], 1)
         mib = row["peak_bytes"] / 2**20
-        print(f"| {name} | {row['seconds']:.3f} | {row['speedup']:.1f} | {mib:.0f} | {less:.1f} |")
+        times = f"{row['seconds']:.3f} | {row['cpu_seconds']:.3f} | {row['speedup']:.1f} | {row['cpu_speedup']:.1f}"
+        print(f"| {name} | {times} | {mib:.0f} | {less:.1f} |")
     if options.json:
         options.json.write_text(json.dumps({"options": vars(options) | {"json": None}, "result": result}, indent=1))
 

@@ -244,6 +244,23 @@ def test_layers_that_make_no_sense_are_refused(saved):
         build_student(SHAPE, teacher_config(str(saved("bert"))), layers=[1])
 
 
+@pytest.mark.parametrize("model_type", ["bert", "modernbert", "deberta-v2"])
+def test_compiled_layers_give_the_same(saved, model_type):
+    student = build_student(SHAPE, teacher_config(str(saved(model_type))), dropout=0.0)
+    ids, mask = padded_batch()
+
+    def run():
+        student.zero_grad()
+        outputs = student(ids, mask)
+        sum((x * mask[..., None]).square().sum() for x in outputs).backward()
+        return [x[mask] for x in outputs] + [p.grad for p in student.parameters() if p.grad is not None]
+
+    expected = [x.clone() for x in run()]
+    student.compile_layers(backend="aot_eager")
+    for ours, theirs in zip(run(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_teacher_loads_in_the_asked_precision(saved):
     teacher = load_teacher(str(saved("bert")), layer=2, dtype=torch.bfloat16)
     ids, mask = padded_batch()
