@@ -17,6 +17,14 @@ def student_shape(recipe: Recipe) -> StudentShape:
     return StudentShape.parse(student.shape, heads=student.heads, feed_forward=student.feed_forward)
 
 
+def compared_layers(recipe: Recipe) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Layers of teacher and student that are compared, from 1; None for the usual single pair."""
+    pairs = recipe.relations.layers
+    if pairs is None:
+        return None, None
+    return tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
+
+
 def fresh_student(recipe: Recipe) -> RelationEncoder:
     """The student as it is before its first step; the same one at every call."""
     return build_student(
@@ -28,4 +36,6 @@ def fresh_student(recipe: Recipe) -> RelationEncoder:
         dropout=recipe.student.dropout,
         seed=recipe.run.seed,
         teacher_model=recipe.teacher.model,
+        trust_remote_code=recipe.teacher.trust_remote_code,
+        layers=compared_layers(recipe)[1],
     )

@@ -99,11 +99,20 @@ class Relations:
         heads: relation heads A_r; must divide the hidden sizes of teacher and student.
         pairs: weight of each relation; q, k, v stand for queries, keys, values.
         implementation: of the loss, see `pipeline.relations.relation_loss`.
+        layers: several pairs of layers instead of the one, for studies: [teacher layer, student layer, weight] each,
+            rising, the last pair being `teacher.layer` and the student's last layer.
     """
 
     heads: Positive
     pairs: dict[PairName, Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: dict(qq=1.0, kk=1.0, vv=1.0))
     implementation: Literal["auto", "reference", "chunked", "triton"] = "auto"
+    layers: tuple[tuple[Positive, Positive, Annotated[float, Field(gt=0)]], ...] | None = None
+
+    def loss_names(self) -> list[str]:
+        """What the parts of the loss are called: `qq`, or `1.qq` for the first of several pairs of layers."""
+        if self.layers is None:
+            return list(self.pairs)
+        return [f"{number}.{pair}" for number in range(1, len(self.layers) + 1) for pair in self.pairs]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -269,6 +278,14 @@ def check_against_teacher(recipe: Recipe, *, layers: int, hidden: int, positions
         )
     if recipe.data.weights and recipe.data.temperature_alpha:
         problems.append("data.weights and data.temperature_alpha exclude each other: give one of them")
+    if chosen := recipe.relations.layers:
+        teacher_layers, student_layers = ([pair[side] for pair in chosen] for side in (0, 1))
+        ends = [recipe.teacher.layer, int(recipe.student.shape.split("x")[0])]
+        rising = all(sorted(set(side)) == side for side in (teacher_layers, student_layers))
+        if not rising or [teacher_layers[-1], student_layers[-1]] != ends:
+            problems.append(
+                f"relations.layers must rise and end with teacher.layer and the student's last layer, {ends}"
+            )
     if problems:
         raise UserError("the recipe cannot run:\n" + "\n".join(f"  {problem}" for problem in problems))
 

@@ -68,13 +68,16 @@ def free_bytes(local_ranks: int) -> int:
     return psutil.virtual_memory().available // local_ranks
 
 
-def start_teacher(teacher: Teacher, placement: Placement, ds_config: dict[str, Any]) -> nn.Module:
+def start_teacher(
+    teacher: Teacher, placement: Placement, ds_config: dict[str, Any], layers: tuple[int, ...] | None = None
+) -> nn.Module:
     """The frozen teacher, in eval mode, ending at the projections of its layer.
 
     Args:
         teacher: of the recipe.
         placement: of `choose`.
         ds_config: the run's merged DeepSpeed configuration; its precision is the teacher's.
+        layers: several layers to return instead of `teacher.layer`, which is the last of them.
 
     Returns:
         A module whose forward is `RelationEncoder.forward`.
@@ -82,11 +85,13 @@ def start_teacher(teacher: Teacher, placement: Placement, ds_config: dict[str, A
     dtype = compute_dtype(ds_config)
     if placement.kind == "replica":
         trust = teacher.trust_remote_code
-        return load_teacher(teacher.model, layer=teacher.layer, dtype=dtype, device=device(), trust_remote_code=trust)
+        return load_teacher(
+            teacher.model, layer=layers or teacher.layer, dtype=dtype, device=device(), trust_remote_code=trust
+        )
     deepspeed = import_deepspeed()
     config = _zero3_config(teacher, placement.kind, ds_config)
     with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype), _default_dtype(dtype):
-        encoder = RelationEncoder(_empty_backbone(teacher)).requires_grad_(False)
+        encoder = RelationEncoder(_empty_backbone(teacher), layers).requires_grad_(False)
     _fill(encoder.backbone, weight_files(teacher.model))
     engine, *_ = deepspeed.initialize(model=encoder.eval(), config=config, dist_init_required=False)
     engine.eval()

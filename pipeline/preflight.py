@@ -12,6 +12,7 @@ from pipeline import checkpoint, config, engine
 from pipeline.build import student_shape, teacher_settings
 from pipeline.config import Recipe
 from pipeline.models import position_limit
+from pipeline.student_init import TAIL_INITS, parse_init
 
 
 def check(
@@ -32,12 +33,12 @@ def check(
         UserError: what was given, what was expected, what to do.
     """
     engine.merge(recipe, ds_config, world_size=world_size)
-    student_shape(recipe)
     if Path(recipe.teacher.model) == samples.folder() / samples.TEACHER:
         samples.require(samples.TEACHER)
     teacher = teacher_settings(recipe)
     sizes = dict(layers=teacher.num_hidden_layers, hidden=teacher.hidden_size, positions=position_limit(teacher))
     config.check_against_teacher(recipe, **sizes)
+    _check_init(recipe.student.init, recipe.student.tail_init, student_shape(recipe).layers, teacher.num_hidden_layers)
     corpus = Corpus.open(recipe.data.corpus)
     _check_tokenizer(corpus, recipe.teacher.model)
     checkpoints = Path(recipe.run.output) / "checkpoints"
@@ -46,6 +47,12 @@ def check(
         ours = dict(recipe=recipe.learned(), corpus_fingerprint=corpus.fingerprint)
         checkpoint.check_belongs(record, **ours, folder=checkpoints)
     return corpus, record
+
+
+def _check_init(init: str, tail_init: str, student_layers: int, teacher_layers: int) -> None:
+    parse_init(init, student_layers, teacher_layers)
+    if tail_init not in TAIL_INITS:
+        raise UserError(f"student.tail_init = {tail_init!r} is not one of {', '.join(TAIL_INITS)}")
 
 
 def _check_tokenizer(corpus: Corpus, teacher_model: str) -> None:

@@ -20,11 +20,11 @@ import torch.distributed as dist
 
 from data_prep.shards import Corpus
 from pipeline import checkpoint, engine, flops, placement, preflight, run_folder
-from pipeline.build import fresh_student
+from pipeline.build import compared_layers, fresh_student
 from pipeline.config import Recipe
 from pipeline.loader import Batch, DataOptions, Loader, validation_batches
 from pipeline.monitor import PhaseTimer, RunLog, peak_memory_bytes, profiler
-from pipeline.relations import RelationLoss, relation_loss
+from pipeline.relations import RelationLoss, layerwise_relation_loss, relation_loss
 from pipeline.stopping import EXIT_DIVERGED, EXIT_REQUEUE, StopRequest
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
@@ -85,13 +85,13 @@ class Distillation:
             free_bytes=placement.free_bytes(engine.ranks_on_this_machine()),
             world_size=self.world_size,
         )
-        self.teacher = placement.start_teacher(recipe.teacher, where, ds_config)
+        self.teacher = placement.start_teacher(recipe.teacher, where, ds_config, compared_layers(recipe)[0])
         self.step_flops = flops.step_flops(
             getattr(self.teacher, "module", self.teacher),
             student,
             seq_tokens=recipe.data.seq_tokens,
             global_batch_samples=recipe.optimizer.global_batch_samples,
-            pairs=len(recipe.relations.pairs),
+            pairs=len(recipe.relations.loss_names()),
         )
         if self.rank == 0:
             run_folder.describe(self.output, recipe, ds_config, corpus, student)
@@ -163,7 +163,7 @@ class Distillation:
     def validate(self) -> None:
         """Measure the relation loss on the first held-out samples, without dropout, and log it."""
         self.student.eval()
-        names = ["loss", *self.recipe.relations.pairs]
+        names = ["loss", *self.recipe.relations.loss_names()]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.device)
         batches = validation_batches(
             self.corpus,
@@ -216,7 +216,7 @@ class Distillation:
     def _take_step(self, batches: Iterator[Batch]) -> dict[str, torch.Tensor]:
         """One optimizer step; the loss and its parts, means over this rank's micro-batches, on the device."""
         torch.manual_seed(step_seed(self.recipe.run.seed, self.step, self.rank))
-        names = ["loss", *self.recipe.relations.pairs]
+        names = ["loss", *self.recipe.relations.loss_names()]
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         self.lr = self.student.get_lr()[0]
         stepped = True
@@ -258,16 +258,18 @@ class Distillation:
             teacher = self.teacher(**inputs)
         with self.timer.phase("student"):
             student = self.student(**inputs)
+        relations = self.recipe.relations
+        options = dict(
+            heads=relations.heads,
+            pairs=relations.pairs,
+            mask=inputs["attention_mask"],
+            document_ids=inputs["document_ids"],
+            implementation=relations.implementation,
+        )
         with self.timer.phase("loss"):
-            return relation_loss(
-                teacher,
-                student,
-                heads=self.recipe.relations.heads,
-                pairs=self.recipe.relations.pairs,
-                mask=inputs["attention_mask"],
-                document_ids=inputs["document_ids"],
-                implementation=self.recipe.relations.implementation,
-            )
+            if relations.layers is None:
+                return relation_loss(teacher, student, **options)
+            return layerwise_relation_loss(teacher, student, weights=[pair[2] for pair in relations.layers], **options)
 
     def _log_step(self, losses: dict[str, torch.Tensor], interval: "_Interval") -> None:
         means = torch.stack(list(losses.values()))

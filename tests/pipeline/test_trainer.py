@@ -52,3 +52,13 @@ def test_step_seeds_differ_between_steps_ranks_and_seeds():
     seeds = {step_seed(seed, step, rank) for seed in (1, 2) for step in range(50) for rank in range(4)}
     assert len(seeds) == 2 * 50 * 4
     assert step_seed(1, 2, 3) == step_seed(1, 2, 3)
+
+
+def test_several_pairs_of_layers_on_request(distill, tmp_path):
+    distill(
+        tmp_path / "run", "relations.layers=[[3, 2, 0.5], [6, 3, 1.0]]", "optimizer.steps=2", "optimizer.warmup_steps=1"
+    )
+    step, loss, parts = losses(tmp_path / "run")[-1]
+    assert step == 2 and set(parts) == {"1.qq", "1.kk", "1.vv", "2.qq", "2.kk", "2.vv"}
+    weights = {name: 0.5 if name.startswith("1.") else 1.0 for name in parts}
+    assert abs(loss - sum(weights[name] * part for name, part in parts.items())) < 1e-5
