@@ -88,6 +88,8 @@ def start_teacher(
         return load_teacher(
             teacher.model, layer=layers or teacher.layer, dtype=dtype, device=device(), trust_remote_code=trust
         )
+    import torch._dynamo  # noqa: F401  zero.Init replaces Tensor.__new__, and this module must have seen the original
+
     deepspeed = import_deepspeed()
     config = _zero3_config(teacher, placement.kind, ds_config)
     with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype), _default_dtype(dtype):
