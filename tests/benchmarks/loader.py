@@ -8,11 +8,12 @@ of the machine does not fall on one of them alone. Peers that are not installed 
 dependency of this project (`pip install mosaicml-streaming megatron-core`). The data take 1.3 GB of disk. Printed is
 the best of the rounds, because whatever else the machine does can only make things slower:
 
-    samples/s   of an uninterrupted loop over the batches
-    CPU us      processor time of all threads for a sample, in microseconds
-    open ms     from nothing (libraries imported) to a loader that can be iterated, indices not cached
-    first ms    from there to the first batch
-    memory MB   growth of the process's peak resident memory over that of the imported libraries
+    of bare loop  samples/s relative to a loop over a memory map in the same round; the median of the rounds
+    samples/s     of an uninterrupted loop over the batches
+    CPU us        processor time of all threads for a sample, in microseconds
+    open ms       from nothing (libraries imported) to a loader that can be iterated, indices not cached
+    first ms      from there to the first batch
+    memory MB     growth of the process's peak resident memory over that of the imported libraries
 
 With --cold the corpus is dropped from the page cache before each measurement, which reads 6,400 samples, and the
 kilobytes are counted that the disk delivers for a sample.
@@ -21,6 +22,7 @@ kilobytes are counted that the disk delivers for a sample.
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -279,10 +281,12 @@ def prepare(folder: Path, scale: int, write: Callable[[Path, int], None], *, col
 
 
 def print_table(results: dict[tuple[int, str], list[dict[str, float]]], columns: list[str]) -> None:
-    """Markdown; the best of the rounds in each cell."""
-    print("| scale | loader | " + " | ".join(columns) + " |\n|---|---|" + "---:|" * len(columns))
+    """Markdown: the best of the rounds, and the median of the rounds' rates relative to the bare loop's."""
+    print("| scale | loader | of bare loop | " + " | ".join(columns) + " |\n|---|---|" + "---:|" * (1 + len(columns)))
     for (scale, name), rounds in results.items():
-        cells = [f"{max(r['samples/s'] for r in rounds):,.0f}"]
+        loops = results.get((scale, "memmap, bare loop"), [])
+        shares = [r["samples/s"] / loop["samples/s"] for r, loop in zip(rounds, loops, strict=False)]
+        cells = [f"{statistics.median(shares):.0%}" if shares else "", f"{max(r['samples/s'] for r in rounds):,.0f}"]
         cells += [f"{min(r[column] for r in rounds):.1f}" for column in columns[1:]]
         print(f"| {scale}x | {name} | " + " | ".join(cells) + " |")
 
