@@ -1,6 +1,7 @@
 """The relation loss: against the equations written out by hand, and each implementation against the reference."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -225,3 +226,23 @@ def test_threads_change_no_bit_and_keep_their_number(threads):
         torch.set_num_threads(before)
     assert torch.equal(alone[0], together[0])
     assert all(torch.equal(a, b) for a, b in zip(alone[2], together[2], strict=True))
+
+
+def test_without_triton_auto_works_and_asking_for_it_is_explained(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "pipeline.relation_kernel", raising=False)
+    teacher, student = random_qkv(2, 9, 12), random_qkv(2, 9, 6)
+    assert relation_loss(teacher, student, heads=3).total.isfinite()
+    with pytest.raises(UserError, match="needs the package triton"):
+        relation_loss(teacher, student, heads=3, implementation="triton")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_only_what_needs_a_gradient_gets_one(implementation):
+    teacher, student = random_qkv(2, 9, 12), random_qkv(2, 9, 6, seed=1)
+    key = student.key.clone().requires_grad_()
+    loss = relation_loss(
+        teacher, QKV(student.query, key, student.value), heads=3, pairs={"qk": 1.0}, implementation=implementation
+    )
+    loss.total.backward()
+    assert key.grad.abs().max() > 0 and student.query.grad is None
