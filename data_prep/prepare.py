@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -238,6 +239,7 @@ class RayEngine:
         self._ray = ray
         self._is_mine = not ray.is_initialized()
         if self._is_mine:
+            _check_reachable(address)
             try:
                 ray.init(address=address, log_to_driver=False, logging_level="error")
             except (ConnectionError, RuntimeError, ValueError) as error:
@@ -270,6 +272,16 @@ class RayEngine:
     def close(self) -> None:
         if self._is_mine:
             self._ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray itself tries for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise UserError(f"no Ray cluster at {address!r}: {error}. Start one with `ray start --head`.") from error
 
 
 def _plain_error(error: BaseException) -> BaseException:

@@ -7,7 +7,7 @@ and then tried.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,16 +28,16 @@ class Seams:
 
     right_keeps_space: bool
 
-    def cut(self, text: str, piece_characters: int) -> list[str]:
+    def cut(self, text: str, piece_characters: int) -> Iterator[str]:
         """Pieces of about `piece_characters`; longer ones where there is no seam."""
-        pieces, start = [], 0
+        start = 0
         while len(text) - start > 2 * piece_characters:
             seam = _SEAM.search(text, start + piece_characters)
             if seam is None:
                 break
-            pieces.append(text[start : seam.start()])
+            yield text[start : seam.start()]
             start = seam.start() if self.right_keeps_space else seam.end()
-        return [*pieces, text[start:]]
+        yield text[start:]
 
 
 def find_seams(settings: dict, encode: Callable[[Sequence[str]], np.ndarray]) -> Seams | None:

@@ -20,11 +20,13 @@ digits, where both halves encode as they would in one piece. This is tried for t
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,7 @@ from data_prep.errors import UserError
 from data_prep.seams import Seams, find_seams
 
 PIECE_CHARACTERS = 1 << 16
+PIECES_AT_A_TIME = 64  # bounds the encoders' memory
 CHECK_EVERY = 1024  # one document in so many is encoded by both
 SHORT_BYTES = 16
 _SEPARATOR = bytes([NO_BYTE_OF_TEXT])
@@ -57,19 +60,16 @@ class Encoder:
         versions: the libraries that make the ids, for the manifest; "fast" is "" when tokie cannot be used.
     """
 
-    def __init__(self, canonical_json: str, mode: str = "auto"):
+    def __init__(self, reference, fast, added_tokens: Sequence[str], seams: Seams | None):
         """Args:
-        canonical_json: a tokenizer.json without truncation and padding.
-        mode: "auto", or "reference" to do without tokie.
+        reference: a `tokenizers.Tokenizer` without truncation and padding.
+        fast: the `tokie.Tokenizer` of the same file, or None.
+        added_tokens: as they are spelled in text.
+        seams: how long texts may be cut; None if the tokenizer must see them whole.
         """
-        from tokenizers import Tokenizer as Backend
-
-        self._json, self._mode = canonical_json, mode
-        self._reference = Backend.from_str(canonical_json)
-        self._fast = _load_fast(canonical_json) if mode == "auto" else None
+        self._reference, self._fast, self._seams = reference, fast, seams
+        self._added_tokens = tuple(token.encode() for token in added_tokens if token)
         self._trust = np.zeros(0x110000, dtype=np.uint8)
-        added = json.loads(canonical_json).get("added_tokens", ())
-        self._added_tokens = tuple(token["content"].encode() for token in added if token["content"])
         if self._fast is not None and not self._agree([probe.encode() for probe in _PROBES]):
             self._fast = None
         self.versions = {
@@ -81,14 +81,46 @@ class Encoder:
             self._doubtful_ascii = bytes(np.flatnonzero(self._trust[:128] == _DISTRUSTED).tolist())
 
     @classmethod
+    def from_json(cls, canonical: str, mode: str = "auto") -> "Encoder":
+        """From a tokenizer.json without truncation and padding; `mode` "reference" does without tokie."""
+        from tokenizers import Tokenizer as Backend
+
+        settings = json.loads(canonical)
+        added = [token["content"] for token in settings.get("added_tokens", ())]
+        plain = cls(Backend.from_str(canonical), None, added, None)
+        return cls(
+            plain._reference,
+            _read_fast(canonical) if mode == "auto" else None,
+            added,
+            find_seams(settings, lambda texts: plain.encode_flat(texts)[0]),
+        )
+
+    @classmethod
     def load(cls, folder: str | Path) -> "Encoder":
-        """Opens what `save` wrote."""
-        settings = json.loads((Path(folder) / "encoder.json").read_bytes())
-        return cls(settings["tokenizer"], settings["mode"])
+        """Opens what `save` wrote, in little time and memory: large vocabularies never become Python objects."""
+        from tokenizers import Tokenizer as Backend
+
+        folder = Path(folder)
+        settings = json.loads((folder / "encoder.json").read_bytes())
+        fast = None
+        if settings["is_fast"]:
+            import tokie
+
+            fast = tokie.Tokenizer.from_file(str(folder / "fast.tkz"))
+        seams = Seams(**settings["seams"]) if settings["seams"] else None
+        return cls(Backend.from_file(str(folder / "tokenizer.json")), fast, settings["added_tokens"], seams)
 
     def save(self, folder: Path) -> None:
         """Writes what other processes need to encode alike."""
-        durable.write(folder / "encoder.json", json.dumps({"mode": self._mode, "tokenizer": self._json}))
+        durable.write(folder / "tokenizer.json", self._reference.to_str())
+        if self._fast is not None:
+            self._fast.save(str(folder / "fast.tkz"))
+        settings = {
+            "is_fast": self._fast is not None,
+            "added_tokens": [token.decode() for token in self._added_tokens],
+            "seams": self._seams and asdict(self._seams),
+        }
+        durable.write(folder / "encoder.json", json.dumps(settings))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -105,16 +137,24 @@ class Encoder:
             UserError: a sampled document is encoded differently by the two encoders.
         """
         counts = Counter() if counts is None else counts
-        if max(map(len, texts), default=0) <= 2 * PIECE_CHARACTERS or self._seams is None:
-            ids, lengths, trusted = self._encode_pieces(texts, counts)
-        else:
-            pieces = [self._seams.cut(text, PIECE_CHARACTERS) for text in texts]
-            ids, lengths, trusted = self._encode_pieces([piece for group in pieces for piece in group], counts)
-            starts = np.cumsum([0, *map(len, pieces)])[:-1]
-            lengths, trusted = np.add.reduceat(lengths, starts), np.logical_and.reduceat(trusted, starts)
+        encoded = []
+        for is_long, group in itertools.groupby(texts, lambda text: len(text) > 2 * PIECE_CHARACTERS):
+            if is_long and self._seams is not None:
+                encoded += [self._encode_long(text, counts) for text in group]
+            else:
+                encoded.append(self._encode_pieces(list(group), counts))
+        ids, lengths, trusted = encoded[0] if len(encoded) == 1 else map(np.concatenate, zip(*encoded, strict=True))
         counts["fast_encoded"] += int(trusted.sum())
         counts["reference_encoded"] += int((~trusted).sum())
         return ids, lengths
+
+    def _encode_long(self, text: str, counts: Counter) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One text, some pieces of it at a time."""
+        pieces, encoded = self._seams.cut(text, PIECE_CHARACTERS), []
+        while run := list(itertools.islice(pieces, PIECES_AT_A_TIME)):
+            encoded.append(self._encode_pieces(run, counts))
+        ids = np.concatenate([part[0] for part in encoded])
+        return ids, np.array([len(ids)]), np.array([all(part[2].all() for part in encoded)])
 
     def _encode_pieces(self, texts: Sequence[str], counts: Counter) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids, lengths, and which texts went the fast way."""
@@ -214,16 +254,8 @@ class Encoder:
                 )
         counts["encoded_twice"] += len(numbers)
 
-    def _reference_ids(self, texts: Sequence[str]) -> np.ndarray:
-        return self._encode_by_reference([text.encode() for text in texts])[0]
 
-    @functools.cached_property
-    def _seams(self) -> Seams | None:
-        """How long texts may be cut; None if this tokenizer must see them whole."""
-        return find_seams(json.loads(self._json), self._reference_ids)
-
-
-def _load_fast(canonical_json: str):
+def _read_fast(canonical_json: str):
     """tokie's reading of a tokenizer file, or None if it cannot read it."""
     try:
         import tokie
@@ -291,7 +323,7 @@ class Tokenizer:
     @functools.cached_property
     def encoder(self) -> Encoder:
         """What does the encoding; made at the first use."""
-        return Encoder(self._canonical, self._mode)
+        return Encoder.from_json(self._canonical, self._mode)
 
     def _special(self, *roles: str) -> int:
         for role in roles:

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 2
 FAST = ("encoder alone", "minilm prepare", "gigatoken + Megatron-Core")
-SLOW_MEGABYTES = 15
+SLOW_MEGABYTES = 8
 
 
 def repeat_text(source: Path, target: Path, megabytes: float) -> int:
@@ -75,7 +75,7 @@ def minilm_prepare(text: Path, tokenizer: str, folder: Path) -> None:
     from data_prep.prepare import PrepareRequest, prepare
     from data_prep.sources import Source
 
-    request = PrepareRequest(tokenizer=tokenizer, sources=(Source(kind="jsonl", path=str(text)),), unit_bytes=8 << 20)
+    request = PrepareRequest(tokenizer=tokenizer, sources=(Source(kind="jsonl", path=str(text)),), unit_bytes=16 << 20)
     prepare(request, folder / "corpus", workers=WORKERS, show_progress=False)
 
 
@@ -221,7 +221,7 @@ def measure(options, name: str, tokenizer: str, folder: Path) -> dict:
             python = options.pythons.get(SHORT_NAMES.get(tool, tool), sys.executable)
             (small, small_bytes), (large, large_bytes) = sizes[kind, 0.2], sizes[kind, 1.0]
             seconds = [run_tool(tool, path, tokenizer, python) for path in (small, large)]
-            if None in seconds:
+            if None in seconds or seconds[1] <= seconds[0]:  # not here, or another load on the machine
                 continue
             rate = (large_bytes - small_bytes) / 1e6 / max(seconds[1] - seconds[0], 1e-9)
             print(f"{name:10} {tool:26} {rate:7.1f} MB/s", file=sys.stderr, flush=True)

@@ -73,3 +73,7 @@ def test_a_bad_record_is_reported_as_on_one_machine(cluster, request_, tmp_path)
     with pytest.raises(UserError, match="^bad record in .*bad.jsonl, line 2"):
         prepare(request, tmp_path / "c", engine="ray", ray_address=cluster[0].address, show_progress=False)
 
+
+def test_no_cluster_there(request_, tmp_path):
+    with pytest.raises(UserError, match="no Ray cluster at '127.0.0.1:1'"):
+        prepare(request_, tmp_path / "c", engine="ray", ray_address="127.0.0.1:1", show_progress=False)
