@@ -20,8 +20,9 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.shards import Corpus
-from pipeline.order import Mixture, block_permute, derive_key, permute, temperature_weights
+from pipeline.order import Mixture, block_permute, derive_key, permute
 from pipeline.reader import Batch, Places, Reader
+from pipeline.shares import source_weights
 
 # Samples whose places are computed in one go: enough to make the arithmetic's fixed cost vanish.
 _PLAN_SAMPLES = 2048
@@ -101,7 +102,10 @@ class SampleSet:
                 f'split "{split}" of corpus {corpus.folder} has no shard of {self._window} tokens: '
                 "choose a smaller seq_tokens, or larger shards"
             )
-        self.mixture = Mixture.of(self._weights())
+        sizes = self.sizes.tolist()
+        self.mixture = Mixture.of(
+            source_weights(self.sources, self.languages, sizes, options.weights, options.temperature_alpha)
+        )
         self._reader = Reader(
             corpus,
             self.shards,
@@ -110,20 +114,6 @@ class SampleSet:
             attention=options.attention,
             shift_seed=options.seed if options.shift_windows else None,
         )
-
-    def _weights(self) -> list[float]:
-        """One weight a source: given, by temperature, or the natural proportions."""
-        sizes = [int(n) for n in self.sizes]
-        given, alpha = self.options.weights, self.options.temperature_alpha
-        if given is None and alpha is None:
-            return sizes
-        # A source without a language stands for itself.
-        groups = [language or source for language, source in zip(self.languages, self.sources, strict=True)]
-        by_group = {group: sum(n for n, g in zip(sizes, groups, strict=True) if g == group) for group in groups}
-        if alpha is not None:
-            of_group = dict(zip(by_group, temperature_weights(list(by_group.values()), alpha), strict=True))
-            return [of_group[g] * n / max(by_group[g], 1) for n, g in zip(sizes, groups, strict=True)]
-        return _given_weights(given, self.sources, groups, sizes, by_group)
 
     def locate(self, samples: np.ndarray) -> Places:
         """Finds samples by number, in O(log shards) each; vectorised."""
@@ -158,31 +148,6 @@ class SampleSet:
             return [self.read(places[rows]) for rows in cuts]
         whole = self.read(places)
         return [whole[rows] for rows in cuts]
-
-
-def _given_weights(
-    given: Mapping[str, float], sources: tuple[str, ...], groups: list[str], sizes: list[int], by_group: dict[str, int]
-) -> list[float]:
-    """Weights by name of source, or of language (divided among its sources by size)."""
-    unknown = sorted(set(given) - set(sources) - set(groups))
-    if unknown:
-        raise UserError(f"weights name {', '.join(unknown)}: the corpus has {', '.join(sources)}")
-    missing = [s for s, g in zip(sources, groups, strict=True) if s not in given and g not in given]
-    if missing:
-        raise UserError(f"weights leave open {', '.join(missing)}: give each source a weight, 0 to leave it out")
-    if not all(0 <= w < float("inf") for w in given.values()) or not any(given.values()):
-        raise UserError(f"weights are {dict(given)}: expected numbers of at least 0, not all 0")
-    empty = [
-        s
-        for s, g, n in zip(sources, groups, sizes, strict=True)
-        if (given[s] and not n if s in given else given[g] and not by_group[g])
-    ]
-    if empty:
-        raise UserError(f"weights ask for {', '.join(empty)}, which has no full window of tokens: give it weight 0")
-    return [
-        float(given[s]) if s in given else given[g] * n / max(by_group[g], 1)
-        for s, g, n in zip(sources, groups, sizes, strict=True)
-    ]
 
 
 class Loader:
