@@ -105,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--shape", default="3x192")
     parser.add_argument("--layer", type=int, default=6)
@@ -128,7 +129,7 @@ def main() -> None:
     for init in options.only:
         curves, scores = [], {"random": [], "identity": []}
         began = time.perf_counter()
-        for seed in range(options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             student = build_student(
                 StudentShape.parse(options.shape), teacher_config(model), init=init, seed=seed, teacher_model=model
             )
@@ -142,7 +143,8 @@ def main() -> None:
         spread = max(c[options.steps] for c in curves) - min(c[options.steps] for c in curves)
         tails = "  ".join(f"{tail} {statistics.mean(values):.3f}" for tail, values in scores.items())
         seconds = (time.perf_counter() - began) / options.seeds
-        print(f"{init:11} loss {losses} (seeds differ by {spread:.4f})  topics {tails}  {seconds:.0f} s", flush=True)
+        between = f" (between seeds {spread:.4f})" if options.seeds > 1 else ""
+        print(f"{init:11} loss {losses}{between}  topics {tails}  {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
