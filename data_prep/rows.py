@@ -4,6 +4,7 @@ A span counts row groups of a Parquet file or rows of a dataset. BookCorpus has 
 books: runs of rows are joined back into long documents.
 """
 
+import os
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -48,6 +49,26 @@ def parquet_texts(span: Span, field: str) -> Iterator[Any]:
     groups = list(range(span.start, span.stop))
     for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[field]):
         yield from batch.column(0).to_pylist()
+
+
+def open_dataset(path: str, config: str, split: str, field: str):
+    """A hub dataset, a folder of data files, or what `save_to_disk` wrote, memory-mapped."""
+    import datasets
+
+    try:
+        if any(os.path.exists(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
+            table = datasets.load_from_disk(path)
+            table = table[split] if isinstance(table, datasets.DatasetDict) else table
+        else:
+            table = datasets.load_dataset(path, config or None, split=split)
+    except Exception as error:  # the library raises many kinds for a wrong name, no network and bad files
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"hub dataset {path!r} (config {config!r}, split {split!r}) cannot be opened: {first_line}"
+        ) from error
+    if field not in table.column_names:
+        raise UserError(f"{path} has no column {field!r}, only {', '.join(table.column_names)}.")
+    return table
 
 
 def dataset_texts(table, span: Span, field: str) -> Iterator[Any]:

@@ -268,6 +268,10 @@ def documents(unit: Unit, block: Block | None = None) -> Iterator[Document | Bad
                 yield from _parse(unit.source, piece)
 
 
+def _open_dataset(source: Source):
+    return rows.open_dataset(source.files[0], source.config, source.split, source.field)
+
+
 def _rows(source: Source, span: Span, values: Iterator, first_row: int) -> Iterator[Document | BadRecord]:
     return rows.as_documents(values, span.path, first_row, _rows_per_document(source))
 
@@ -297,25 +301,3 @@ def _parse(source: Source, block: Block) -> Iterator[Document | BadRecord]:
         yield from formats.parse_delimited(block, _delimiter(source))
     if block.torn:
         yield BadRecord(block.path, block.offset_bytes + len(block.data), block.torn)
-
-
-def _open_dataset(source: Source):
-    """A hub dataset, or one saved with `save_to_disk`, memory-mapped."""
-    import datasets
-
-    try:
-        path = source.files[0]
-        if any(os.path.exists(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
-            table = datasets.load_from_disk(path)
-            table = table[source.split] if isinstance(table, datasets.DatasetDict) else table
-        else:
-            table = datasets.load_dataset(path, source.config or None, split=source.split)
-    except Exception as error:  # the library raises many kinds for a wrong name, no network and bad files
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"hub dataset {source.path!r} (config {source.config!r}, split {source.split!r}) cannot be opened: "
-            f"{first_line}"
-        ) from error
-    if source.field not in table.column_names:
-        raise UserError(f"{source.path} has no column {source.field!r}, only {', '.join(table.column_names)}.")
-    return table

@@ -4,14 +4,9 @@ A tokenizer file often carries truncation and padding for its own model's use; b
 whole documents and cuts its own windows. The fingerprint is taken after that, so that it names what decides the ids.
 
 The reference is `tokenizers`, the library that runs the teacher's own file. Most documents are encoded by `tokie`, many
-times faster, behind a guard that keeps the ids those of the reference:
-
-- a code point is trusted once both have encoded it alike in several contexts; a document with any other code point goes
-  to the reference. What was tried is remembered, so this costs nothing after the first documents;
-- a document in which a special token is spelled out, such as "[SEP]", goes to the reference too, and so does a very
-  short one, which may come to nothing: there the two differ;
-- a sample of all documents is encoded by both; a difference stops the run and names the document;
-- a tokenizer that tokie cannot read, or reads otherwise on a page of text in many scripts, is left to the reference.
+times faster, where `guard` knows that the ids are the same. Of the documents encoded so, a sample is encoded by both; a
+difference stops the run and names the document. A tokenizer that tokie cannot read, or reads otherwise on a few lines
+in many scripts, is left to the reference.
 
 Documents too long to be encoded in little memory are cut at seams: a single space or newline between two letters or
 digits, where both halves encode as they would in one piece. This is tried for the tokenizer at hand before it is used.
@@ -32,17 +27,13 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import durable
-from data_prep.code_points import NO_BYTE_OF_TEXT, foreign_points, positions_of, same_groups
 from data_prep.errors import UserError
+from data_prep.guard import SEPARATOR, Guard
 from data_prep.seams import Seams, find_seams
 
 PIECE_CHARACTERS = 1 << 16
 PIECES_AT_A_TIME = 64  # bounds the encoders' memory
 CHECK_EVERY = 1024  # one document in so many is encoded by both
-SHORT_BYTES = 16
-_SEPARATOR = bytes([NO_BYTE_OF_TEXT])
-_CONTEXTS = ("{0}.", "x {0}", "a{0}b", "é{0}{0}é", "中{0} {0}1")
-_UNKNOWN, _TRUSTED, _DISTRUSTED = range(3)
 _PROBES = (
     "The quick (brown) fox, it's 3.5 metres -- nearly!\tSee https://example.org/a_b?c=d\n\n  the lazy dog's back.",
     "À l'école, naïve façade œuvre; straße İstanbul Łódź; cafe\u0301 Việt",
@@ -68,17 +59,14 @@ class Encoder:
         seams: how long texts may be cut; None if the tokenizer must see them whole.
         """
         self._reference, self._fast, self._seams = reference, fast, seams
-        self._added_tokens = tuple(token.encode() for token in added_tokens if token)
-        self._trust = np.zeros(0x110000, dtype=np.uint8)
+        self._added_tokens = tuple(added_tokens)
         if self._fast is not None and not self._agree([probe.encode() for probe in _PROBES]):
             self._fast = None
         self.versions = {
             "reference": f"tokenizers {importlib.metadata.version('tokenizers')}",
             "fast": f"tokie {importlib.metadata.version('tokie')}" if self._fast is not None else "",
         }
-        if self._fast is not None:
-            self._try_code_points(np.arange(128))
-            self._doubtful_ascii = bytes(np.flatnonzero(self._trust[:128] == _DISTRUSTED).tolist())
+        self._guard = self._fast and Guard(self._encode_fast, self._encode_by_reference, self._added_tokens)
 
     @classmethod
     def from_json(cls, canonical: str, mode: str = "auto") -> "Encoder":
@@ -117,7 +105,7 @@ class Encoder:
             self._fast.save(str(folder / "fast.tkz"))
         settings = {
             "is_fast": self._fast is not None,
-            "added_tokens": [token.decode() for token in self._added_tokens],
+            "added_tokens": self._added_tokens,
             "seams": self._seams and asdict(self._seams),
         }
         durable.write(folder / "encoder.json", json.dumps(settings))
@@ -137,7 +125,7 @@ class Encoder:
             UserError: a sampled document is encoded differently by the two encoders.
         """
         counts = Counter() if counts is None else counts
-        encoded = []
+        encoded = [] if texts else [self._encode_pieces([], counts)]
         for is_long, group in itertools.groupby(texts, lambda text: len(text) > 2 * PIECE_CHARACTERS):
             if is_long and self._seams is not None:
                 encoded += [self._encode_long(text, counts) for text in group]
@@ -160,7 +148,7 @@ class Encoder:
         """Ids, lengths, and which texts went the fast way."""
         encoded = [text.encode() for text in texts]
         counts["text_bytes"] += sum(map(len, encoded))
-        trusted = self._trusted(encoded)
+        trusted = self._guard.trusted(encoded) if self._guard else np.zeros(len(texts), dtype=bool)
         ids, lengths = self._encode_each(encoded, trusted)
         if (nothing := trusted & (lengths <= 1)).any():
             trusted &= ~nothing
@@ -198,8 +186,8 @@ class Encoder:
         descriptor, path = _memory_file()
         try:
             with os.fdopen(descriptor, "wb", closefd=False) as file:
-                file.write(_SEPARATOR.join(filter(None, texts)))
-            ids, bounds = self._fast.encode_files([path], separator=_SEPARATOR, add_special_tokens=False)
+                file.write(SEPARATOR.join(filter(None, texts)))
+            ids, bounds = self._fast.encode_files([path], separator=SEPARATOR, add_special_tokens=False)
         finally:
             os.close(descriptor)
         if len(bounds) != filled.sum() + 1:
@@ -210,36 +198,6 @@ class Encoder:
     def _agree(self, texts: Sequence[bytes]) -> bool:
         pairs = zip(self._encode_fast(texts), self._encode_by_reference(texts), strict=True)
         return all(np.array_equal(fast, reference) for fast, reference in pairs)
-
-    # The guard
-
-    def _trusted(self, texts: Sequence[bytes]) -> np.ndarray:
-        """Which texts tokie may encode; tries code points that were never seen before."""
-        if self._fast is None:
-            return np.zeros(len(texts), dtype=bool)
-        trusted = np.array([len(text) >= SHORT_BYTES for text in texts], dtype=bool)
-        data = _SEPARATOR.join(texts)
-        positions, points = foreign_points(data)
-        if len(unknown := points[self._trust.take(points) == _UNKNOWN]):
-            self._try_code_points(np.unique(unknown))
-        doubtful = [positions[self._trust.take(points) == _DISTRUSTED], self._added_tokens_in(data)]
-        doubtful += [positions_of(byte, data) for byte in self._doubtful_ascii if byte in data]
-        if any(map(len, doubtful)):
-            ends = np.cumsum([len(text) + 1 for text in texts])
-            trusted[np.searchsorted(ends, np.concatenate(doubtful), side="right")] = False
-        return trusted
-
-    def _added_tokens_in(self, data: bytes) -> np.ndarray:
-        """Where special tokens are spelled out."""
-        starts = {token[0] for token in self._added_tokens}
-        places = [int(place) for byte in starts for place in positions_of(byte, data)]
-        return np.array([at for at in places if data.startswith(self._added_tokens, at)], dtype=np.int64)
-
-    def _try_code_points(self, points: np.ndarray) -> None:
-        """Encodes code points in several contexts both ways, and notes which gave the same ids."""
-        texts = [context.format(chr(point)).encode() for point in points for context in _CONTEXTS]
-        alike = same_groups(self._encode_fast(texts), self._encode_by_reference(texts), len(_CONTEXTS))
-        self._trust[points] = np.where(alike, _TRUSTED, _DISTRUSTED)
 
     def _check_sample(self, texts, ids, lengths, trusted, counts: Counter) -> None:
         numbers = np.flatnonzero(trusted)[::CHECK_EVERY]
