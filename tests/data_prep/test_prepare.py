@@ -4,6 +4,9 @@ import dataclasses
 import fcntl
 import json
 import lzma
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow
@@ -11,6 +14,7 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
+from data_prep import prepare as prepare_module
 from data_prep import sources
 from data_prep.errors import UserError
 from data_prep.prepare import PrepareRequest, prepare
@@ -218,3 +222,46 @@ def test_an_unfinished_folder_is_not_a_corpus(tmp_path):
     (tmp_path / ".work").mkdir()
     with pytest.raises(UserError, match="not finished"):
         Corpus.open(tmp_path)
+
+
+def test_one_compressed_file_keeps_two_workers_busy(samples, small_jsonl, tmp_path, monkeypatch):
+    """The first two pieces of work wait for each other: they must be under way at the same time."""
+    path = tmp_path / "one.jsonl.xz"
+    path.write_bytes(lzma.compress(small_jsonl[0].read_bytes()))
+    meeting = threading.Barrier(2, timeout=60)
+
+    class TwoAtOnce(prepare_module.InlineEngine):
+        slots = 2
+
+        def __init__(self):
+            self.pool, self.meetings = ThreadPoolExecutor(2), 0
+
+        def submit(self, function, *arguments):
+            self.meetings += 1
+            return self.pool.submit(self.run, self.meetings <= 2, function, *arguments)
+
+        def run(self, waits, function, *arguments):
+            if waits:
+                meeting.wait()
+            return function(*arguments)
+
+        def close(self):
+            self.pool.shutdown()
+
+    engine = TwoAtOnce()
+    monkeypatch.setattr(prepare_module, "_open_engine", lambda *_: engine)
+    corpus = prepare(request_for(samples, path), tmp_path / "c", show_progress=False)
+    assert engine.meetings > 4 and not meeting.broken
+    assert corpus.manifest.counts["one"]["documents"] == len(small_jsonl[1])
+
+
+def test_progress_is_plain_lines_in_a_log_and_a_bar_on_a_terminal(samples, small_jsonl, tmp_path, monkeypatch, capsys):
+    path, texts = small_jsonl
+    prepare(request_for(samples, path), tmp_path / "c", workers=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "\r" not in lines[0]
+    assert re.search(rf"prepare: +100\.0%, [\d.]+ MB/s text, {len(texts)} documents, [\d,]+ tokens, 0 s left", lines[0])
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    prepare(request_for(samples, path), tmp_path / "d", workers=1)
+    bar = capsys.readouterr().err
+    assert "\r" in bar and "100%" in bar and f"{len(texts)} documents" in bar and "MB/s text" in bar
