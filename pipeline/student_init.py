@@ -70,17 +70,21 @@ def start_from_teacher(student: RelationEncoder, teacher: PreTrainedModel, kind:
     if config.hidden_size > teacher.config.hidden_size:
         raise UserError(f"init {kind!r} needs a student no wider than its teacher ({teacher.config.hidden_size})")
     source = {name: parameter.float() for name, parameter in teacher.named_parameters()}
-    projection = _projection(source.get(f"{row.word_embeddings}.weight"), teacher.config.hidden_size, config, kind)
+    theirs = architecture_of(teacher.config)
+    words = source[f"{theirs.word_embeddings}.weight"]
+    projection = _projection(words, teacher.config.hidden_size, config, kind)
     tables = tuple(f"{name}." for name in (row.word_embeddings, *row.tables))
     for name, parameter in student.backbone.named_parameters():
         if kind == "embeddings" and not name.startswith(tables):
             continue
-        origin = _origin(name, row, layers)
+        origin = _origin(name, row, layers).replace(row.word_embeddings, theirs.word_embeddings)
         if origin not in source:
+            if kind == "embeddings":  # a table that only the student's family has
+                continue
             raise UserError(f"init {kind!r}: the teacher has no weight {origin!r}; choose 'random' for this pair")
         weight = source[origin]
         if name.startswith(f"{row.positions}."):  # the first real position moves where the families number differently
-            first = architecture_of(teacher.config).position_offset(teacher.config) - row.position_offset(config)
+            first = theirs.position_offset(teacher.config) - row.position_offset(config)
             weight = weight[max(first, 0) :][: len(parameter)]
         if kind != "pca" or "norm" not in name.lower():  # the scales of a norm belong to dimensions that are gone
             parameter.copy_(_resized(weight, parameter.shape, _axes(name, row), projection))
@@ -88,9 +92,9 @@ def start_from_teacher(student: RelationEncoder, teacher: PreTrainedModel, kind:
         _keep_scale_of_scores(student, teacher)
 
 
-def _projection(words: Tensor | None, available: int, config: PretrainedConfig, kind: str) -> Tensor:
+def _projection(words: Tensor, available: int, config: PretrainedConfig, kind: str) -> Tensor:
     """The student's residual stream in the teacher's, [H_teacher, H_student]."""
-    if kind == "slice" or words is None or words.shape[1] != available:
+    if kind == "slice" or words.shape[1] != available:  # some embeddings are narrower than the residual stream
         return torch.eye(available)[:, _spread(available, config.hidden_size)]
     return _principal_components(words, config.hidden_size)
 

@@ -107,6 +107,18 @@ def test_a_bert_student_takes_over_a_roberta_teacher(teachers):
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_bert_student_takes_over_any_teachers_words(teachers, model_type):
+    folder = teachers(model_type)
+    words = "embeddings.word_embeddings.weight"
+    plain, taken = (
+        dict(student(folder, NARROW, family="bert", init=init).backbone.named_parameters())
+        for init in ("random", "embeddings")
+    )
+    assert not torch.equal(plain[words], taken[words])
+    assert torch.equal(plain["encoder.layer.0.output.dense.weight"], taken["encoder.layer.0.output.dense.weight"])
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_an_identity_tail_passes_the_last_layers_input_on(teachers, model_type):
     encoder = student(teachers(model_type), NARROW, tail_init="identity")
     ids = torch.randint(5, 61, (2, 16))
