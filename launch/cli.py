@@ -64,6 +64,7 @@ _RECIPE_OPTIONS = [
     click.option("--resume", default="auto", show_default=True, help="auto (newest whole checkpoint), never, or STEP."),
     click.option("--stop-at", type=click.IntRange(min=1), help="Save and leave after this step."),
     click.option("--profile", is_flag=True, help="Write a trace of a few steps to RUN/profile."),
+    click.option("--compile", "compile_layers", is_flag=True, help="Run the layers through torch.compile."),
     click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]..."),
 ]
 
@@ -78,7 +79,7 @@ def _recipe_options(command):
 @_recipe_options
 @click.option("--num-gpus", type=click.IntRange(min=1), help="Ranks on this machine; without GPUs, CPU processes.")
 @click.option("--max-restarts", type=click.IntRange(min=0), default=0, show_default=True, help="After a crash.")
-def distill(recipe, ds_config, resume, stop_at, profile, overrides, num_gpus, max_restarts) -> None:
+def distill(recipe, ds_config, resume, stop_at, profile, compile_layers, overrides, num_gpus, max_restarts) -> None:
     """Distill a student on this machine: checks everything, then runs `deepspeed launch/distill.sh`.
 
     \b
@@ -98,6 +99,7 @@ def distill(recipe, ds_config, resume, stop_at, profile, overrides, num_gpus, ma
     arguments = ["--recipe", recipe, "--ds-config", ds_config, "--resume", resume, *overrides]
     arguments += ["--stop-at", str(stop_at)] if stop_at else []
     arguments += ["--profile"] if profile else []
+    arguments += ["--compile"] if compile_layers else []
     arguments += ["--num_gpus", str(num_gpus)] if num_gpus else []
     sys.exit(supervise.launch([*arguments, "--max-restarts", str(max_restarts)]))
 
@@ -106,12 +108,12 @@ def distill(recipe, ds_config, resume, stop_at, profile, overrides, num_gpus, ma
 @_recipe_options
 @click.option("--local_rank", "--local-rank", hidden=True)
 @click.option("--num_gpus", "--num-gpus", hidden=True)
-def _distill_rank(recipe, ds_config, resume, stop_at, profile, overrides, local_rank, num_gpus) -> int:
+def _distill_rank(recipe, ds_config, resume, stop_at, profile, compile_layers, overrides, local_rank, num_gpus) -> int:
     from pipeline import config, engine, trainer
 
     if num_gpus:
         raise UserError("--num_gpus belongs to the launcher: deepspeed --num_gpus 2 launch/distill.sh --recipe ...")
-    options = dict(resume=resume, stop_at_step=stop_at, profile=profile)
+    options = dict(resume=resume, stop_at_step=stop_at, profile=profile, compile_layers=compile_layers)
     return trainer.distill(config.load_recipe(recipe, overrides), engine.read_ds_config(ds_config), **options)
 
 

@@ -126,8 +126,8 @@ class Data:
 
     corpus: str
     seq_tokens: Annotated[int, Field(ge=8)]
-    weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
-    temperature_alpha: Annotated[float, Field(gt=0, le=1)] | None = None
+    weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    temperature_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     attention: Literal["window", "document"] = "window"
     packing: Literal["window", "none"] = "window"
     block_samples: NotNegative = 0
@@ -276,7 +276,7 @@ def check_against_teacher(recipe: Recipe, *, layers: int, hidden: int, positions
             f"optimizer.warmup_steps = {recipe.optimizer.warmup_steps} exceeds optimizer.steps = "
             f"{recipe.optimizer.steps}"
         )
-    if recipe.data.weights and recipe.data.temperature_alpha:
+    if recipe.data.weights is not None and recipe.data.temperature_alpha is not None:
         problems.append("data.weights and data.temperature_alpha exclude each other: give one of them")
     if chosen := recipe.relations.layers:
         teacher_layers, student_layers = ([pair[side] for pair in chosen] for side in (0, 1))

@@ -37,6 +37,7 @@ def distill(
     resume: str = "auto",
     stop_at_step: int | None = None,
     profile: bool = False,
+    compile_layers: bool = False,
 ) -> int:
     """Run the recipe on this rank and return the exit code.
 
@@ -46,6 +47,7 @@ def distill(
         resume: "auto", "never" or a step, see `checkpoint.find`.
         stop_at_step: save and leave after this step, as if the job's time were over, but with exit code 0.
         profile: write a trace of a few steps into the run's folder.
+        compile_layers: run the layers of teacher and student through torch.compile.
 
     Returns:
         0 when the last step (or `stop_at_step`) is done and saved, EXIT_REQUEUE after a signal, EXIT_DIVERGED when too
@@ -55,6 +57,8 @@ def distill(
     corpus, record = preflight.check(recipe, ds_config, world_size=world_size, resume=resume)
     engine.init_distributed()
     run = Distillation(recipe, engine.merge(recipe, ds_config, world_size=world_size), corpus, record)
+    if compile_layers:
+        run.compile_layers()
     try:
         with profiler(run.output, run.rank) if profile else contextlib.nullcontext() as tracer:
             return run.train(stop_at_step, after_step=tracer.step if tracer else lambda: None)
@@ -118,6 +122,10 @@ class Distillation:
             samples_seen=self.samples_seen,
         )
 
+    def compile_layers(self) -> None:
+        for model in (self.teacher, self.student):
+            getattr(model, "module", model).compile_layers()
+
     @property
     def samples_seen(self) -> int:
         return self.step * self.recipe.optimizer.global_batch_samples
@@ -131,14 +139,14 @@ class Distillation:
         else:
             self.log.say(f"resumed from step {self.step} ({self.samples_seen:,} samples seen)")
         batches = iter(self.loader)
-        interval = _Interval(self.step)
+        interval = _Interval(self.step, self.loader.data_wait_seconds)
         while self.step < end:
             faulthandler.dump_traceback_later(self.recipe.logging.hang_seconds)
             losses = self._take_step(batches)
             after_step()
             if self.step % self.recipe.logging.every_steps == 0 or self.step == end:
                 self._log_step(losses, interval)
-                interval = _Interval(self.step)
+                interval = _Interval(self.step, self.loader.data_wait_seconds)
             if self._validation_is_due():
                 self.validate()
             stopping = self.stop.agreed(self.device)
@@ -162,6 +170,10 @@ class Distillation:
 
     def validate(self) -> None:
         """Measure the relation loss on the first held-out samples, without dropout, and log it."""
+        if not self.corpus.shards("validation"):
+            if self.step == 0:
+                self.log.say("no held-out loss: the corpus has no validation split (minilm prepare --validation 0.01)")
+            return
         self.student.eval()
         names = ["loss", *self.recipe.relations.loss_names()]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.device)
@@ -221,9 +233,7 @@ class Distillation:
         self.lr = self.student.get_lr()[0]
         stepped = True
         for number in range(self.accumulation_steps):
-            with self.timer.phase("data_wait"):
-                batch = next(batches)
-            loss = self._loss(batch)
+            loss = self._loss(next(batches))
             with self.timer.phase("backward"):
                 self.student.backward(loss.total)
             sums += torch.stack([loss.total.detach(), *loss.per_pair.values()])
@@ -277,7 +287,8 @@ class Distillation:
         loss, *parts = (means / self.world_size).tolist()
         seconds = interval.seconds_a_step(self.step)
         tokens = self.recipe.optimizer.global_batch_samples * self.recipe.data.seq_tokens
-        phases = {name: spent / interval.steps(self.step) for name, spent in self.timer.take().items()}
+        phases = self.timer.take() | {"data_wait": self.loader.data_wait_seconds - interval.data_wait_seconds}
+        phases = {name: spent / interval.steps(self.step) for name, spent in phases.items()}
         values: dict[str, Any] = dict(
             loss=loss,
             per_pair=dict(zip(list(losses)[1:], parts, strict=True)),
@@ -291,6 +302,7 @@ class Distillation:
             seconds=phases | {"total": seconds},
             peak_memory_bytes=peak_memory_bytes(self.device),
             shares=self.loader.shares(self.samples_seen),
+            epochs=self.loader.epochs(self.samples_seen),
         )
         if self.device.type == "cuda" and (peak := flops.peak_flops(torch.cuda.get_device_name())):
             values["model_flops_utilisation"] = values["flops_per_second"] / (peak * self.world_size)
@@ -303,10 +315,11 @@ class Distillation:
 
 
 class _Interval:
-    """Since when the throughput is counted."""
+    """Since when throughput and waiting are counted."""
 
-    def __init__(self, first_step: int) -> None:
+    def __init__(self, first_step: int, data_wait_seconds: float) -> None:
         self._first_step, self._began = first_step, time.perf_counter()
+        self.data_wait_seconds = data_wait_seconds
 
     def steps(self, step: int) -> int:
         return step - self._first_step

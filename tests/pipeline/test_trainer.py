@@ -1,5 +1,6 @@
 """Real runs: two gloo ranks under DeepSpeed, a real teacher, real text."""
 
+import pytest
 import torch
 
 from pipeline.checkpoint import read_weights
@@ -62,3 +63,31 @@ def test_several_pairs_of_layers_on_request(distill, tmp_path):
     assert step == 2 and set(parts) == {"1.qq", "1.kk", "1.vv", "2.qq", "2.kk", "2.vv"}
     weights = {name: 0.5 if name.startswith("1.") else 1.0 for name in parts}
     assert abs(loss - sum(weights[name] * part for name, part in parts.items())) < 1e-5
+
+
+def test_profile_writes_a_trace_and_changes_nothing(runs, distill, tmp_path):
+    distill(tmp_path / "run", "--profile")
+    assert list((tmp_path / "run" / "profile").glob("rank0*.pt.trace.json"))
+    assert losses(tmp_path / "run") == losses(runs.unbroken)
+
+
+@pytest.mark.slow
+def test_compiled_layers_follow_the_same_curve(runs, distill, tmp_path):
+    distill(tmp_path / "plain", "student.dropout=0.0")
+    distill(tmp_path / "compiled", "--compile", "student.dropout=0.0")
+    plain, compiled = ([loss for _, loss, _ in losses(tmp_path / name)] for name in ("plain", "compiled"))
+    assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_corpus_without_held_out_split_trains_without_that_loss(samples, distill, tmp_path):
+    from data_prep.prepare import PrepareRequest, prepare
+    from data_prep.sources import Source
+
+    source = Source.parse(f"jsonl,language=en:{samples.leads('en')}")
+    request = PrepareRequest(tokenizer=str(samples.teacher), sources=(source,), limit_documents=100)
+    prepare(request, tmp_path / "corpus", workers=1, show_progress=False)
+    process = distill(
+        tmp_path / "run", f"data.corpus={tmp_path / 'corpus'}", "optimizer.steps=2", "optimizer.warmup_steps=1", ranks=1
+    )
+    assert "no held-out loss" in process.stdout and "done: 2 steps" in process.stdout
+    assert losses(tmp_path / "run", "validation") == []
