@@ -1,8 +1,11 @@
-"""The models that a recipe asks for, before their first step."""
+"""What a recipe asks for, made of it: models before their first step, and the options of the data."""
+
+import dataclasses
 
 from transformers import PretrainedConfig
 
 from pipeline.config import Recipe
+from pipeline.loader import DataOptions
 from pipeline.models import RelationEncoder, StudentShape, build_student, teacher_config
 
 
@@ -15,6 +18,12 @@ def student_shape(recipe: Recipe) -> StudentShape:
     """The student's sizes; a UserError where they do not go together."""
     student = recipe.student
     return StudentShape.parse(student.shape, heads=student.heads, feed_forward=student.feed_forward)
+
+
+def data_options(recipe: Recipe) -> DataOptions:
+    """Which samples come in which order."""
+    fields = {name: value for name, value in dataclasses.asdict(recipe.data).items() if name != "corpus"}
+    return DataOptions(seed=recipe.run.seed, **fields)
 
 
 def compared_layers(recipe: Recipe) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:

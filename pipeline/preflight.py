@@ -9,8 +9,9 @@ from data_prep.errors import UserError
 from data_prep.shards import Corpus
 from data_prep.tokenizer import Tokenizer
 from pipeline import checkpoint, config, engine
-from pipeline.build import student_shape, teacher_settings
+from pipeline.build import data_options, student_shape, teacher_settings
 from pipeline.config import Recipe
+from pipeline.loader import SampleSet, validation_batches
 from pipeline.models import position_limit
 from pipeline.student_init import TAIL_INITS, parse_init
 
@@ -41,6 +42,7 @@ def check(
     _check_init(recipe.student.init, recipe.student.tail_init, student_shape(recipe).layers, teacher.num_hidden_layers)
     corpus = Corpus.open(recipe.data.corpus)
     _check_tokenizer(corpus, recipe.teacher.model)
+    _check_samples(recipe, corpus, world_size)
     checkpoints = Path(recipe.run.output) / "checkpoints"
     record = checkpoint.find(checkpoints, resume, log=_say_on_main)
     if record is not None:
@@ -62,6 +64,14 @@ def _check_tokenizer(corpus: Corpus, teacher_model: str) -> None:
             f"the corpus {corpus.folder} was made with another tokenizer ({theirs[:12]}) than that of the teacher "
             f"{teacher_model} ({ours[:12]}). Prepare it again: minilm prepare --tokenizer {teacher_model} ..."
         )
+
+
+def _check_samples(recipe: Recipe, corpus: Corpus, world_size: int) -> None:
+    """Make the order of training, and the first held-out batch, to see whether they can be made."""
+    SampleSet(corpus, data_options(recipe), "train")
+    if corpus.shards("validation"):
+        held_out = dict(samples=recipe.logging.validation_samples, micro_batch_samples=1, world_size=world_size)
+        next(validation_batches(corpus, data_options(recipe), **held_out))
 
 
 def _say_on_main(line: str) -> None:

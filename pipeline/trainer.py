@@ -6,7 +6,6 @@ and a resumed run computes what an unbroken one would have.
 """
 
 import contextlib
-import dataclasses
 import faulthandler
 import hashlib
 import os
@@ -20,9 +19,9 @@ import torch.distributed as dist
 
 from data_prep.shards import Corpus
 from pipeline import checkpoint, engine, flops, placement, preflight, run_folder
-from pipeline.build import compared_layers, fresh_student
+from pipeline.build import compared_layers, data_options, fresh_student
 from pipeline.config import Recipe
-from pipeline.loader import Batch, DataOptions, Loader, validation_batches
+from pipeline.loader import Batch, Loader, validation_batches
 from pipeline.monitor import PhaseTimer, RunLog, peak_memory_bytes, profiler
 from pipeline.relations import RelationLoss, layerwise_relation_loss, relation_loss
 from pipeline.stopping import EXIT_DIVERGED, EXIT_REQUEUE, StopRequest
@@ -80,8 +79,7 @@ class Distillation:
         self.timer = PhaseTimer(self.device)
         self.micro_batch_samples = ds_config["train_micro_batch_size_per_gpu"]
         self.accumulation_steps = ds_config["gradient_accumulation_steps"]
-        order = {name: value for name, value in dataclasses.asdict(recipe.data).items() if name != "corpus"}
-        self.options = DataOptions(seed=recipe.run.seed, **order)
+        self.options = data_options(recipe)
         student = fresh_student(recipe)
         where = placement.choose(
             recipe.teacher,

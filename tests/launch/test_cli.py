@@ -54,6 +54,8 @@ def test_distill_refuses_before_anything_is_launched(small_run, samples, corpus_
     refused(minilm(*base, "relations.heads=40"), "does not divide the teacher's hidden size 384")
     refused(minilm(*base, f"data.corpus={tmp_path / 'nothing'}"), "is not a prepared corpus")
     refused(minilm(*base, f"teacher.model={tmp_path / 'nothing'}"), str(tmp_path / "nothing"))
+    refused(minilm(*base, "data.weights={ nowhere = 1.0 }"), "nowhere")
+    refused(minilm(*base, "student.init=best"), "best")
     assert not (tmp_path / "run").exists()
 
 
