@@ -164,15 +164,18 @@ def stream_blocks(
             if torn or rest:
                 # what follows the last delimiter of a torn file is half a record
                 cut = rest.rfind(delimiter) + len(delimiter) if torn and delimiter in rest else 0 if torn else len(rest)
-                yield Block(path, offset, bytes(rest[:cut]), torn, raw.tell() - position if raw else 0)
+                payload = bytes(memoryview(rest)[:cut])
+                rest.clear()  # a record may be large, and its reader takes long
+                yield Block(path, offset, payload, torn, raw.tell() - position if raw else 0)
             return
         cut = rest.rfind(delimiter, searched)
         if cut >= 0:
             cut += len(delimiter)
             read, position = raw.tell() - position if raw else 0, raw.tell() if raw else 0
-            yield Block(path, offset, bytes(memoryview(rest)[:cut]), input_bytes=read)
+            payload = bytes(memoryview(rest)[:cut])
+            del rest[:cut], data
+            yield Block(path, offset, payload, input_bytes=read)
             offset += cut
-            del rest[:cut]
 
 
 def _record_start(file: IO[bytes], position: int, delimiter: bytes, size: int) -> int:

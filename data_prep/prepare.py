@@ -69,6 +69,8 @@ def prepare(
 
 def _prepare(request: PrepareRequest, out: Path, open_engine: Callable, show_progress: bool) -> Corpus:
     work = out / WORK_FOLDER
+    is_finished = (out / "manifest.json").exists()
+    expanded = [] if is_finished else sources.expand(request.sources)  # names of files are checked first: it is quick
     tokenizer = Tokenizer.load(request.tokenizer, encoder=request.encoder)
     state = {
         "format_version": FORMAT_VERSION,
@@ -82,13 +84,12 @@ def _prepare(request: PrepareRequest, out: Path, open_engine: Callable, show_pro
         },
         "request": request.as_dict(),
     }
-    if (out / "manifest.json").exists():
+    if is_finished:
         corpus = Corpus.open(out)
         made = {key: getattr(corpus.manifest, key) for key in state}
         _refuse_if_different(out, made, state)
         shutil.rmtree(work, ignore_errors=True)
         return corpus
-    expanded = sources.expand(request.sources)
     work.mkdir(parents=True, exist_ok=True)
     with _locked(work):
         _claim(out, work, {**state, "inputs": _inputs(expanded)})

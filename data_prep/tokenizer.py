@@ -271,8 +271,8 @@ class Tokenizer:
         except Exception as error:  # a missing folder, no network, a missing converter: each its own kind
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"no tokenizer could be loaded from {str(source)!r}: {reason}. Expected a Hugging Face model id, or a "
-                "folder with tokenizer.json or sentencepiece.bpe.model."
+                f"no tokenizer could be loaded from {str(source)!r}: {reason.rstrip('.')}. Expected a Hugging Face "
+                "model id, or a folder with tokenizer.json or sentencepiece.bpe.model."
             ) from error
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"the tokenizer of {str(source)!r} has no fast version, which is needed here.")
