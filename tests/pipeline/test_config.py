@@ -74,7 +74,7 @@ def test_missing_key_and_missing_file_are_named(tmp_path):
         ("teacher.layer=7", "has layers 1 to 6"),
         ("data.seq_tokens=1024", "the teacher has 512 positions"),
         ("optimizer.warmup_steps=100000", "exceeds optimizer.steps"),
-        ("relations.layers=[[4, 2, 1.0]]", r"must rise and end with .*: \[6, 3\]"),
+        ("relations.layers=[[4, 2, 1.0]]", r"must rise and end with .*\[6, 3\]"),
         ("relations.layers=[[4, 3, 1.0], [6, 3, 1.0]]", "must rise"),
     ],
 )
