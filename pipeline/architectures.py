@@ -140,6 +140,11 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
+def without_pooler(config: PretrainedConfig) -> dict[str, bool]:
+    """Arguments that keep the constructor of the encoder from adding a pooler, which nothing here trains or reads."""
+    return {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
+
+
 def position_limit(config: PretrainedConfig) -> int:
     """Longest sample in positions that a model of this configuration takes."""
     return config.max_position_embeddings - architecture_of(config).position_offset(config)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from data_prep import durable
 from data_prep.errors import UserError
+from pipeline.config import differences
 from pipeline.elastic import load_elsewhere
 from pipeline.engine import import_deepspeed
 
@@ -150,8 +151,6 @@ def read_record(checkpoint: Path) -> Record:
 
 def check_belongs(record: Record, *, recipe: dict[str, Any], corpus_fingerprint: str, folder: Path) -> None:
     """Refuse a checkpoint of another recipe or another corpus."""
-    from pipeline.config import differences
-
     if lines := differences(json.loads(json.dumps(recipe)), record.recipe):
         raise UserError(
             f"the checkpoints in {folder} were made by another recipe:\n"

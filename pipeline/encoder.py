@@ -19,7 +19,7 @@ from data_prep.errors import UserError
 from pipeline import cpu_attention
 from pipeline.architectures import Architecture, architecture_of
 from pipeline.pieces import segments
-from pipeline.relations import QKV
+from pipeline.qkv import QKV
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

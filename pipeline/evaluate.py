@@ -18,10 +18,11 @@ from torch import nn
 
 from data_prep import durable
 from data_prep.errors import UserError
+from pipeline.architectures import without_pooler
 from pipeline.build import fresh_student, teacher_settings
 from pipeline.export import export, load_exported, model_card
 from pipeline.monitor import read_metrics
-from pipeline.run_folder import FinishedRun, without_pooler
+from pipeline.run_folder import FinishedRun
 
 MODELS = ("teacher", "student", "untrained")
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data_prep.errors import UserError
+from pipeline.architectures import without_pooler
 from pipeline.models import RelationEncoder, tail_parameter_names
 from pipeline.monitor import read_metrics
-from pipeline.run_folder import EXPORT, MODEL, FinishedRun, without_pooler
+from pipeline.run_folder import EXPORT, MODEL, FinishedRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

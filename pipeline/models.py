@@ -18,7 +18,7 @@ import torch
 
 from data_prep.errors import UserError
 from pipeline import student_init
-from pipeline.architectures import architecture_of, position_limit
+from pipeline.architectures import architecture_of, position_limit, without_pooler
 from pipeline.encoder import RelationEncoder
 
 if TYPE_CHECKING:
@@ -114,7 +114,6 @@ def _load_backbone(model: str, config: PretrainedConfig, dtype: torch.dtype, tru
     from transformers import AutoModel
     from transformers.utils import logging
 
-    options = {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # weights of the layers left out would be reported as unexpected
     try:
@@ -125,7 +124,7 @@ def _load_backbone(model: str, config: PretrainedConfig, dtype: torch.dtype, tru
             trust_remote_code=trust,
             use_safetensors=True,
             output_loading_info=True,
-            **options,
+            **without_pooler(config),
         )
     except OSError as error:
         raise UserError(f"cannot load the weights of {model!r}: {str(error).splitlines()[0]}") from error
@@ -201,10 +200,9 @@ def build_student(
     if kind != "random" and teacher_model is None:
         raise UserError(f"student init {init!r} needs the teacher's weights")
     config = student_config(shape, teacher, family=family, dropout=dropout)
-    options = {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = RelationEncoder(AutoModel.from_config(config, dtype=torch.float32, **options), layers)
+        encoder = RelationEncoder(AutoModel.from_config(config, dtype=torch.float32, **without_pooler(config)), layers)
     if kind != "random":
         weights = _load_backbone(teacher_model, teacher, torch.float32, trust_remote_code)
         student_init.start_from_teacher(encoder, weights, kind, origins)

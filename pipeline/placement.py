@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from data_prep.errors import UserError
-from pipeline.architectures import architecture_of
+from pipeline.architectures import without_pooler
 from pipeline.config import Teacher
 from pipeline.engine import compute_dtype, device, import_deepspeed
 from pipeline.models import RelationEncoder, load_teacher, teacher_config, with_layers
@@ -130,9 +130,8 @@ def _empty_backbone(teacher: Teacher):
     from transformers.initialization import no_init_weights
 
     config = with_layers(teacher_config(teacher.model, teacher.trust_remote_code), teacher.layer)
-    options = {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
     with no_init_weights():
-        return AutoModel.from_config(config, trust_remote_code=teacher.trust_remote_code, **options)
+        return AutoModel.from_config(config, trust_remote_code=teacher.trust_remote_code, **without_pooler(config))
 
 
 def _fill(backbone, files: list[Path]) -> None:

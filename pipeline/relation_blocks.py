@@ -29,7 +29,7 @@ from torch import Tensor
 from pipeline.pieces import Segments, map_pieces, segments
 
 if TYPE_CHECKING:
-    from pipeline.relations import QKV
+    from pipeline.qkv import QKV
 
 # Centred scores up to this size are exponentiated as they are: exp(64) * 2^20 positions is far below the largest fp32,
 # and a row whose largest score is at least 0 sums to at least 1. Beyond it, each row's maximum is taken off first.

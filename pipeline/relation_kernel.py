@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pipeline.relations import QKV
+    from pipeline.qkv import QKV
 
 _LOG2_E = math.log2(math.e)
 # Blocks (queries, keys) of the kernels: in compiled sm_90 code, no spills and the fewest instructions a score.

@@ -22,23 +22,16 @@ import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
+from pipeline.qkv import QKV
 
 PAIRS = ("qq", "kk", "vv", "qk", "qv", "kq", "kv", "vq", "vk")
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton")
-
-
-class QKV(NamedTuple):
-    """Queries, keys and values of one layer, heads joined: each [B, S, H]."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

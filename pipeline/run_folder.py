@@ -10,7 +10,7 @@ from data_prep import durable
 from data_prep.errors import UserError
 from data_prep.shards import Corpus
 from pipeline import checkpoint
-from pipeline.architectures import architecture_of
+from pipeline.architectures import without_pooler
 from pipeline.config import Recipe, load_recipe, write_recipe
 from pipeline.models import RelationEncoder
 
@@ -53,8 +53,3 @@ class FinishedRun:
         weights = checkpoint.read_weights(self.folder / CHECKPOINTS / checkpoint.tag_of(self.record.step))
         encoder.load_state_dict(weights, strict=True)
         return encoder.eval()
-
-
-def without_pooler(config) -> dict[str, bool]:
-    """Arguments that keep a model class from adding an untrained pooler."""
-    return {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}

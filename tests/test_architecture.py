@@ -83,8 +83,9 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 def _own_modules(path: Path) -> set[str]:
+    """Modules of the project that a file imports anywhere, inside functions and for type checkers too."""
     found: set[str] = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:  # imports inside functions run later
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in LAYERS:
             found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names}

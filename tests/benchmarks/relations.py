@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pipeline.relations import QKV, relation_loss  # noqa: E402
+from pipeline.qkv import QKV
+from pipeline.relations import relation_loss  # noqa: E402
 
 
 def materialised(teacher: QKV, student: QKV, heads: int, lengths: list[int]) -> torch.Tensor:

@@ -27,7 +27,8 @@ from relations import materialised  # noqa: E402
 from pipeline import relation_kernel  # noqa: E402
 from pipeline.flops import peak_flops, step_flops  # noqa: E402
 from pipeline.models import RelationEncoder, StudentShape, build_student, with_layers  # noqa: E402
-from pipeline.relations import QKV, relation_loss  # noqa: E402
+from pipeline.qkv import QKV
+from pipeline.relations import relation_loss  # noqa: E402
 
 SHAPES = {
     "xlmr-large": dict(

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.relations import PAIRS, QKV, relation_loss
+from pipeline.qkv import QKV
+from pipeline.relations import PAIRS, relation_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Largest error of the total (relative) and of a gradient (relative to the largest one). The kernel sums in fp32, but

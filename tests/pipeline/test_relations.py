@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from pipeline.relations import PAIRS, QKV, relation_loss
+from pipeline.qkv import QKV
+from pipeline.relations import PAIRS, relation_loss
 
 IMPLEMENTATIONS = ["chunked"]
 ALL_PAIRS = {pair: 0.5 + 0.25 * i for i, pair in enumerate(PAIRS)}
