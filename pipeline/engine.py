@@ -164,11 +164,14 @@ def start_student(model: torch.nn.Module, options: Optimizer, config: dict[str, 
     Args:
         model: the student; parameters that need no gradient stay outside the optimizer.
         options: the recipe's optimizer.
-        config: of `merge`.
+        config: of `merge`; a section `activation_checkpointing` makes layers compute their activations again in the
+            backward pass instead of keeping them.
 
     Returns:
         deepspeed.DeepSpeedEngine
     """
+    if "activation_checkpointing" in config:
+        model.backbone.gradient_checkpointing_enable()
 
     def schedule(optimizer):
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, options))

@@ -108,3 +108,12 @@ def _same_curve(run, unbroken):
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_activation_checkpointing_changes_no_number(distill, tmp_path):
+    for name, extra in (("kept", {}), ("again", {"activation_checkpointing": {}})):
+        config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 2}, **extra}
+        durable.write(tmp_path / f"{name}.json", json.dumps(config))
+        distill(tmp_path / name, f"--ds-config={tmp_path / name}.json", NO_DROPOUT, ranks=1)
+    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "kept"), rel=1e-5)
