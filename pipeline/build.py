@@ -22,8 +22,8 @@ def student_shape(recipe: Recipe) -> StudentShape:
 
 def data_options(recipe: Recipe) -> DataOptions:
     """Which samples come in which order."""
-    fields = {name: value for name, value in dataclasses.asdict(recipe.data).items() if name != "corpus"}
-    return DataOptions(seed=recipe.run.seed, **fields)
+    names = {field.name for field in dataclasses.fields(DataOptions)} - {"seed"}
+    return DataOptions(seed=recipe.run.seed, **{name: getattr(recipe.data, name) for name in names})
 
 
 def compared_layers(recipe: Recipe) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:

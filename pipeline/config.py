@@ -122,6 +122,7 @@ class Data:
     Attributes:
         corpus: folder made by `minilm prepare`.
         seq_tokens: positions of a sample, special tokens included.
+        verify: at the start of a run, "sizes" of all shards, or "checksums" as well, which reads every byte once.
     """
 
     corpus: str
@@ -132,6 +133,7 @@ class Data:
     packing: Literal["window", "none"] = "window"
     block_samples: NotNegative = 0
     shift_windows: bool = False
+    verify: Literal["sizes", "checksums"] = "sizes"
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -209,6 +211,7 @@ class Recipe:
         for name in ("placement", "nvme_path"):
             sections["teacher"].pop(name, None)
         del sections["relations"]["implementation"]
+        del sections["data"]["verify"]
         return sections
 
     def fingerprint(self) -> str:

@@ -41,6 +41,7 @@ def check(
     config.check_against_teacher(recipe, **sizes)
     _check_init(recipe.student.init, recipe.student.tail_init, student_shape(recipe).layers, teacher.num_hidden_layers)
     corpus = Corpus.open(recipe.data.corpus)
+    _check_bytes(recipe, corpus)
     _check_tokenizer(corpus, recipe.teacher.model)
     _check_samples(recipe, corpus, world_size)
     checkpoints = Path(recipe.run.output) / "checkpoints"
@@ -55,6 +56,16 @@ def _check_init(init: str, tail_init: str, student_layers: int, teacher_layers: 
     parse_init(init, student_layers, teacher_layers)
     if tail_init not in TAIL_INITS:
         raise UserError(f"student.tail_init = {tail_init!r} is not one of {', '.join(TAIL_INITS)}")
+
+
+def _check_bytes(recipe: Recipe, corpus: Corpus) -> None:
+    """Read all shards and compare checksums if the recipe asks for it, once a machine."""
+    if recipe.data.verify == "checksums" and os.environ.get("LOCAL_RANK", "0") == "0":
+        if changed := corpus.verify():
+            raise UserError(
+                f"files of the corpus {corpus.folder} differ from their checksums: {', '.join(changed[:5])}"
+                f"{' and more' if len(changed) > 5 else ''}. Copy or prepare the corpus again."
+            )
 
 
 def _check_tokenizer(corpus: Corpus, teacher_model: str) -> None:

@@ -69,6 +69,16 @@ def test_corpus_of_another_tokenizer_is_refused(small_run, samples, corpus_folde
     refused(minilm(*base, f"teacher.model={teacher}"), "was made with another tokenizer", "minilm prepare --tokenizer")
 
 
+def test_a_changed_shard_of_the_same_size_is_refused_on_request(small_run, corpus_folder, tmp_path):
+    copy = shutil.copytree(corpus_folder, tmp_path / "corpus")
+    shard = next((copy / "train").rglob("*.bin"))
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    arguments = [f"data.corpus={copy}", f"run.output={tmp_path / 'run'}", "data.verify=checksums"]
+    refused(minilm("distill", "--recipe", "demo", *small_run, *arguments), "00000.bin", "differ from their checksums")
+
+
 def test_inspect_shows_corpora_and_runs(runs, corpus_folder, tmp_path):
     corpus = minilm("inspect", corpus_folder)
     assert corpus.returncode == 0 and "leads" in corpus.stdout and "validation" in corpus.stdout
