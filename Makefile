@@ -8,7 +8,7 @@ READY := $(VENV)/.ready-$(VERSIONS)
 READY_SLOW := $(VENV)/.ready-slow-$(VERSIONS)
 INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: setup demo test test-slow check bench clean
+.PHONY: setup demo test test-slow test-exhaustive check bench clean
 
 setup: $(READY)
 
@@ -36,10 +36,13 @@ demo: setup
 	@echo "Curves: tensorboard --logdir $(RUNS)/demo/run/tensorboard"
 
 test: setup
-	pytest -m "not slow and not gpu"
+	pytest -m "not slow and not exhaustive and not gpu"
 
 test-slow: $(READY_SLOW)
 	pytest -m "slow and not gpu"
+
+test-exhaustive: setup
+	pytest -m exhaustive
 
 check: setup
 	ruff check .

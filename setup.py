@@ -30,6 +30,7 @@ setup(
         "psutil",
         "pydantic>=2.7",
         "rich",
+        "pyarrow",
         "tqdm",
         "tomli; python_version < '3.11'",
         "tomli-w",

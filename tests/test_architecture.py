@@ -15,6 +15,8 @@ OWNERS = {
     "datasets": {"data_prep/sources.py", "data_prep/rows.py"},
     "sentencepiece": {"data_prep/tokenizer.py"},
     "tokenizers": {"data_prep/tokenizer.py"},
+    "tokie": {"data_prep/tokenizer.py"},
+    "ray": {"data_prep/prepare.py"},
     "triton": {"pipeline/relation_kernel.py"},
 }
 
