@@ -108,7 +108,7 @@ def describe(scores: Scores) -> dict[str, Any]:
 
 
 def tables(scores: Scores) -> list:
-    """The scores as rich tables: the held-out loss, and the models side by side."""
+    """The scores for a rich console: the held-out loss, the models side by side, and a note."""
     from rich.table import Table
 
     losses = Table("relation", "before", f"after {scores.step:,} steps", "change", title="Held-out relation loss (KL)")
@@ -119,10 +119,10 @@ def tables(scores: Scores) -> list:
         speed, parameters = scores.forward_tokens_per_second[name], scores.parameters[name]
         accuracy = f"{scores.probe_accuracy[name]:.1%}" if name in scores.probe_accuracy else "-"
         models.add_row(name, f"{parameters:,}", f"{speed:,.0f}", accuracy)
-    models.caption = f"trained at {scores.tokens_per_second:,.0f} tokens/s"
+    note = f"trained at {scores.tokens_per_second:,.0f} tokens/s"
     if scores.probe_majority is not None:
-        models.caption += f"; probe: {scores.probe_texts:,} test texts, largest class {scores.probe_majority:.1%}"
-    return [losses, models]
+        note += f"; probe: {scores.probe_texts:,} test texts, largest class {scores.probe_majority:.1%}"
+    return [losses, models, note]
 
 
 def load_models(run: FinishedRun, folder: Path) -> dict[str, nn.Module]:
