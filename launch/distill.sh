@@ -18,11 +18,13 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--launch"]:
+    try:
+        from launch.cli import distill_rank
         from launch.supervise import launch
-
+    except ModuleNotFoundError as error:
+        print(f"distill: error: {sys.executable} has no {error.name}: activate the project's environment", file=sys.stderr)
+        sys.exit(2)
+    if sys.argv[1:2] == ["--launch"]:
         sys.exit(launch(sys.argv[2:]))
-    from launch.cli import distill_rank
-
     distill_rank()
 # end of the Python part

@@ -202,6 +202,13 @@ class Recipe:
         sections = dataclasses.asdict(self)
         return {name: {k: v for k, v in section.items() if v is not None} for name, section in sections.items()}
 
+    def as_text(self) -> str:
+        """One line a key, indented as Markdown shows it unchanged."""
+        sections = self.to_dict().items()
+        return "\n".join(
+            f"    {name}.{key} = {value!r}" for name, section in sections for key, value in section.items()
+        )
+
     def learned(self) -> dict[str, Any]:
         """The part that decides the weights: what a checkpoint must agree with."""
         sections = self.to_dict()

@@ -246,14 +246,20 @@ def _compiled_cpu_adam():
     return DeepSpeedCPUAdam
 
 
-def start_monitor(config: dict[str, Any], output: Path):
-    """DeepSpeed's monitor: TensorBoard under `output`/tensorboard, and W&B, Comet or CSV where `config` asks for it."""
+def start_monitor(config: dict[str, Any], output: Path, summary: str):
+    """DeepSpeed's monitor: TensorBoard under `output`/tensorboard, and W&B, Comet or CSV where `config` asks for it.
+
+    `summary` is shown in TensorBoard as a text.
+    """
     from deepspeed.monitor.config import get_monitor_config
     from deepspeed.monitor.monitor import MonitorMaster
 
     chosen = {name: config[name] for name in MONITORS if name in config}
     chosen.setdefault("tensorboard", dict(enabled=True, output_path=str(output), job_name="tensorboard"))
-    return MonitorMaster(get_monitor_config(chosen))
+    monitor = MonitorMaster(get_monitor_config(chosen))
+    if writer := getattr(monitor.tb_monitor, "summary_writer", None):
+        writer.add_text("recipe", summary)
+    return monitor
 
 
 def local_devices() -> int:

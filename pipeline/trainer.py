@@ -104,7 +104,7 @@ class Distillation:
             self.step = record.step
         self.log = RunLog(
             self.output,
-            engine.start_monitor(ds_config, self.output).write_events,
+            engine.start_monitor(ds_config, self.output, recipe.as_text()).write_events,
             total_steps=recipe.optimizer.steps,
             first_step=self.step,
             is_main=self.rank == 0,

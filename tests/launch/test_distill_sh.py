@@ -51,6 +51,14 @@ def test_launcher_options_behind_the_script_are_explained(tmp_path):
     assert process.returncode == 2 and "--num_gpus belongs to the launcher" in process.stderr
 
 
+def test_a_python_without_the_packages_is_named(tmp_path):
+    bare = tmp_path / "python3"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    process = start(["bash", SCRIPT, "--recipe", "demo"], cwd=tmp_path, PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert process.returncode == 2 and "activate the project's environment" in process.stderr
+
+
 def test_bash_runs_one_rank_to_the_end(small_run, tmp_path):
     overrides = [*small_run, f"run.output={tmp_path / 'run'}", "optimizer.steps=1", "optimizer.warmup_steps=0"]
     process = start(["bash", SCRIPT, "--recipe", "demo", *overrides], cwd=tmp_path)

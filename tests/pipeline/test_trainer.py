@@ -30,7 +30,8 @@ def test_training_lowers_the_held_out_loss(runs):
 def test_output_folder_holds_what_is_promised(runs):
     names = {path.name for path in runs.unbroken.iterdir()}
     assert {"recipe.toml", "deepspeed.json", "model", "checkpoints", "tensorboard", "metrics.jsonl"} <= names
-    assert list((runs.unbroken / "tensorboard").glob("events.out.tfevents.*"))
+    (events,) = (runs.unbroken / "tensorboard").glob("events.out.tfevents.*")
+    assert b"optimizer.steps = 6" in events.read_bytes() and b"train/per_pair/qq" in events.read_bytes()
     assert (runs.unbroken / "checkpoints" / "latest").read_text() == "step-00000006"
 
 
