@@ -22,7 +22,8 @@ if __name__ == "__main__":
         from launch.cli import distill_rank
         from launch.supervise import launch
     except ModuleNotFoundError as error:
-        print(f"distill: error: {sys.executable} has no {error.name}: activate the project's environment", file=sys.stderr)
+        message = f"{sys.executable} has no package {error.name}: activate the project's environment"
+        print(f"distill: error: {message}", file=sys.stderr)
         sys.exit(2)
     if sys.argv[1:2] == ["--launch"]:
         sys.exit(launch(sys.argv[2:]))
