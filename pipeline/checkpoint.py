@@ -25,7 +25,6 @@ import torch.distributed as dist
 
 from data_prep import durable
 from data_prep.errors import UserError
-from pipeline.config import differences
 from pipeline.elastic import load_elsewhere
 from pipeline.engine import import_deepspeed
 
@@ -163,6 +162,22 @@ def check_belongs(record: Record, *, recipe: dict[str, Any], corpus_fingerprint:
             f"({record.corpus_fingerprint[:12]} there, {corpus_fingerprint[:12]} here). "
             "Bring that corpus back, or use another run.output."
         )
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """The keys in which two recipes' plain values differ, as `section.key: ours, theirs`."""
+    lines = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        mine, other = ours.get(key), theirs.get(key)
+        if isinstance(mine, dict) and isinstance(other, dict):
+            lines += differences(mine, other, f"{prefix}{key}.")
+        elif _plain(mine) != _plain(other):
+            lines.append(f"{prefix}{key}: {mine!r} here, {other!r} there")
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def load(engine, folder: Path, record: Record) -> None:

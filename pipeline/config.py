@@ -261,61 +261,6 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
-def check_against_teacher(recipe: Recipe, *, layers: int, hidden: int, positions: int) -> None:
-    """Refuse what the teacher's size makes impossible.
-
-    Args:
-        layers: of the whole teacher.
-        hidden: the teacher's hidden size.
-        positions: the longest input that the teacher takes, in tokens.
-    """
-    student_hidden = int(recipe.student.shape.split("x")[1])
-    heads = recipe.relations.heads
-    problems = []
-    if recipe.teacher.layer > layers:
-        problems.append(f"teacher.layer = {recipe.teacher.layer}, but {recipe.teacher.model} has layers 1 to {layers}")
-    for whose, size in (("teacher", hidden), ("student", student_hidden)):
-        if size % heads:
-            problems.append(f"relations.heads = {heads} does not divide the {whose}'s hidden size {size}")
-    if student_hidden % recipe.student.heads:
-        problems.append(f"student.heads = {recipe.student.heads} does not divide the student's hidden {student_hidden}")
-    if recipe.data.seq_tokens > positions:
-        problems.append(f"data.seq_tokens = {recipe.data.seq_tokens}, but the teacher has {positions} positions")
-    if recipe.optimizer.warmup_steps > recipe.optimizer.steps:
-        problems.append(
-            f"optimizer.warmup_steps = {recipe.optimizer.warmup_steps} exceeds optimizer.steps = "
-            f"{recipe.optimizer.steps}"
-        )
-    if recipe.data.weights is not None and recipe.data.temperature_alpha is not None:
-        problems.append("data.weights and data.temperature_alpha exclude each other: give one of them")
-    if chosen := recipe.relations.layers:
-        teacher_layers, student_layers = ([pair[side] for pair in chosen] for side in (0, 1))
-        ends = [recipe.teacher.layer, int(recipe.student.shape.split("x")[0])]
-        rising = all(sorted(set(side)) == side for side in (teacher_layers, student_layers))
-        if not rising or [teacher_layers[-1], student_layers[-1]] != ends:
-            problems.append(
-                f"relations.layers must rise and end with teacher.layer and the student's last layer, {ends}"
-            )
-    if problems:
-        raise UserError("the recipe cannot run:\n" + "\n".join(f"  {problem}" for problem in problems))
-
-
-def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """The keys in which two recipes' plain values differ, as `section.key: ours, theirs`."""
-    lines = []
-    for key in sorted(ours.keys() | theirs.keys()):
-        mine, other = ours.get(key), theirs.get(key)
-        if isinstance(mine, dict) and isinstance(other, dict):
-            lines += differences(mine, other, f"{prefix}{key}.")
-        elif _plain(mine) != _plain(other):
-            lines.append(f"{prefix}{key}: {mine!r} here, {other!r} there")
-    return lines
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _find_recipe(name_or_path: str) -> Path:
     for path in (Path(name_or_path), RECIPES / f"{name_or_path}.toml"):
         if path.is_file():

@@ -8,7 +8,7 @@ from data_prep import samples
 from data_prep.errors import UserError
 from data_prep.shards import Corpus
 from data_prep.tokenizer import Tokenizer
-from pipeline import checkpoint, config, engine
+from pipeline import checkpoint, engine
 from pipeline.build import data_options, student_shape, teacher_settings
 from pipeline.config import Recipe
 from pipeline.loader import SampleSet, validation_batches
@@ -38,7 +38,7 @@ def check(
         samples.require(samples.TEACHER)
     teacher = teacher_settings(recipe)
     sizes = dict(layers=teacher.num_hidden_layers, hidden=teacher.hidden_size, positions=position_limit(teacher))
-    config.check_against_teacher(recipe, **sizes)
+    check_against_teacher(recipe, **sizes)
     _check_init(recipe.student.init, recipe.student.tail_init, student_shape(recipe).layers, teacher.num_hidden_layers)
     corpus = Corpus.open(recipe.data.corpus)
     _check_bytes(recipe, corpus)
@@ -50,6 +50,45 @@ def check(
         ours = dict(recipe=recipe.learned(), corpus_fingerprint=corpus.fingerprint)
         checkpoint.check_belongs(record, **ours, folder=checkpoints)
     return corpus, record
+
+
+def check_against_teacher(recipe: Recipe, *, layers: int, hidden: int, positions: int) -> None:
+    """Refuse what the teacher's size makes impossible.
+
+    Args:
+        layers: of the whole teacher.
+        hidden: the teacher's hidden size.
+        positions: the longest input that the teacher takes, in tokens.
+    """
+    student_hidden = int(recipe.student.shape.split("x")[1])
+    heads = recipe.relations.heads
+    problems = []
+    if recipe.teacher.layer > layers:
+        problems.append(f"teacher.layer = {recipe.teacher.layer}, but {recipe.teacher.model} has layers 1 to {layers}")
+    for whose, size in (("teacher", hidden), ("student", student_hidden)):
+        if size % heads:
+            problems.append(f"relations.heads = {heads} does not divide the {whose}'s hidden size {size}")
+    if student_hidden % recipe.student.heads:
+        problems.append(f"student.heads = {recipe.student.heads} does not divide the student's hidden {student_hidden}")
+    if recipe.data.seq_tokens > positions:
+        problems.append(f"data.seq_tokens = {recipe.data.seq_tokens}, but the teacher has {positions} positions")
+    if recipe.optimizer.warmup_steps > recipe.optimizer.steps:
+        problems.append(
+            f"optimizer.warmup_steps = {recipe.optimizer.warmup_steps} exceeds optimizer.steps = "
+            f"{recipe.optimizer.steps}"
+        )
+    if recipe.data.weights is not None and recipe.data.temperature_alpha is not None:
+        problems.append("data.weights and data.temperature_alpha exclude each other: give one of them")
+    if chosen := recipe.relations.layers:
+        teacher_layers, student_layers = ([pair[side] for pair in chosen] for side in (0, 1))
+        ends = [recipe.teacher.layer, int(recipe.student.shape.split("x")[0])]
+        rising = all(sorted(set(side)) == side for side in (teacher_layers, student_layers))
+        if not rising or [teacher_layers[-1], student_layers[-1]] != ends:
+            problems.append(
+                f"relations.layers must rise and end with teacher.layer and the student's last layer, {ends}"
+            )
+    if problems:
+        raise UserError("the recipe cannot run:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
 def _check_init(init: str, tail_init: str, student_layers: int, teacher_layers: int) -> None:
