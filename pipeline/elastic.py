@@ -81,10 +81,25 @@ def _optimizer_states(engine, checkpoint: Path, zero_stage: int) -> Iterator[tup
     if dist.get_rank() == 0:
         convert(checkpoint)
     dist.barrier()
+    folder = checkpoint / UNIVERSAL / "zero"
     for name, parameter in trained:
-        folder = checkpoint / UNIVERSAL / "zero" / name
-        moments = [torch.load(folder / f"{key}.pt", map_location="cpu", weights_only=True)["param"] for key in MOMENTS]
-        yield parameter, (*moments, float(torch.load(folder / "step.pt", map_location="cpu", weights_only=True)))
+        moments = (_read_moment(folder / name / f"{key}.pt", parameter) for key in MOMENTS)
+        yield parameter, (*moments, _read_step(folder, name))
+
+
+def _read_moment(path: Path, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """One moment, flat: of stages 1 and 2 the tensor in its shape, of stage 3 flat and perhaps padded."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    tensor = content["param"] if isinstance(content, dict) else content
+    return tensor.flatten()[: getattr(parameter, "ds_numel", parameter.numel())]
+
+
+def _read_step(folder: Path, name: str) -> float:
+    """Adam's step: beside each parameter at stages 1 and 2, in the common state at stage 3."""
+    if (folder / name / "step.pt").is_file():
+        return float(torch.load(folder / name / "step.pt", map_location="cpu", weights_only=True))
+    common = torch.load(folder / "optimizer_state.pt", map_location="cpu", weights_only=False)
+    return float(common["optimizer_state_dict"]["state"][0]["step"])
 
 
 def _dimensions(parameter: torch.nn.Parameter) -> int:
