@@ -77,6 +77,10 @@ def merge(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> dict
     largest = ds_config.get("train_micro_batch_size_per_gpu")
     if not isinstance(largest, int) or largest < 1:
         raise UserError("the DeepSpeed configuration must give train_micro_batch_size_per_gpu, a positive number")
+    if zero_stage(ds_config) == 0 and "data_types" in ds_config and compute_dtype(ds_config) != torch.float32:
+        raise UserError(
+            "DeepSpeed cannot set data_types for bf16 or fp16 at ZeRO stage 0: leave it out, or use stage 1"
+        )
     global_batch = recipe.optimizer.global_batch_samples
     if global_batch % world_size:
         raise UserError(

@@ -86,8 +86,7 @@ def test_every_stage_follows_the_same_curve(ranks, distill, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 2), ("fp32", 3), ("bf16", 2), ("bf16", 3)])
 def test_resuming_is_bit_exact_on_other_stages_too(stage, precision, distill, tmp_path):
     config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
     if precision == "bf16":
