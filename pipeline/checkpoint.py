@@ -171,13 +171,9 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") 
         mine, other = ours.get(key), theirs.get(key)
         if isinstance(mine, dict) and isinstance(other, dict):
             lines += differences(mine, other, f"{prefix}{key}.")
-        elif _plain(mine) != _plain(other):
+        elif mine != other:
             lines.append(f"{prefix}{key}: {mine!r} here, {other!r} there")
     return lines
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def load(engine, folder: Path, record: Record) -> None:
