@@ -31,6 +31,7 @@ setup(
         "pydantic>=2.7",
         "rich",
         "pyarrow",
+        "msgspec",
         "tqdm",
         "tomli; python_version < '3.11'",
         "tomli-w",

@@ -8,6 +8,7 @@ records.
 
 import bz2
 import contextlib
+import functools
 import gzip
 import json
 import lzma
@@ -16,17 +17,13 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, NamedTuple
+from typing import IO
+
+import msgspec
 
 READ_BYTES = 1 << 20
 COMPRESSED_SUFFIXES = (".bz2", ".gz", ".xz", ".zst")
 _BZ2_STREAM = re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)")
-
-
-class Document(NamedTuple):
-    """One text of a corpus."""
-
-    text: str
 
 
 @dataclass(frozen=True)
@@ -218,34 +215,32 @@ def span_blocks(span: Span, delimiter: bytes, block_bytes: int) -> Iterator[Bloc
             yield from stream_blocks(file, span.path, delimiter, block_bytes, span.start)
 
 
-def parse_jsonl(block: Block, field: str) -> Iterator[Document | BadRecord]:
+def parse_jsonl(block: Block, field: str) -> Iterator[str | BadRecord]:
     """One JSON object a line, with the text under `field`."""
     try:
         texts = _texts_of_lines(block.data, field)
-    except (ValueError, LookupError, TypeError, RecursionError):  # read it again, slowly, to tell which line and why
+    except (msgspec.MsgspecError, ValueError, RecursionError):  # read it again, slowly, to tell which line and why
         yield from _parse_jsonl_slowly(block, field)
     else:
-        yield from map(Document, texts)
+        yield from texts
 
 
 def _texts_of_lines(data: bytes, field: str) -> list[str]:
     """All texts of a block, or an error if any line is out of the ordinary."""
-    import pyarrow.json
-
-    table = pyarrow.json.read_json(
-        pyarrow.BufferReader(data),
-        read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(data) + 1),
-        parse_options=pyarrow.json.ParseOptions(
-            explicit_schema=pyarrow.schema([(field, pyarrow.string())]), unexpected_field_behavior="ignore"
-        ),
-    )
-    column = table.column(0)
-    if column.null_count or len(column) != data.count(b"\n") + (not data.endswith(b"\n")):
-        raise ValueError("a missing text, a blank line, or two records in a line")
-    return column.to_pylist()
+    texts = [record.text for record in _decoder(field).decode_lines(data)]
+    if len(texts) != data.count(b"\n") + (not data.endswith(b"\n")):
+        raise ValueError("a blank line, or two records in a line")
+    return texts
 
 
-def _parse_jsonl_slowly(block: Block, field: str) -> Iterator[Document | BadRecord]:
+@functools.cache
+def _decoder(field: str):
+    """Reads the text of each line and passes over all other fields."""
+    record = msgspec.defstruct("Record", [("text", str, msgspec.field(name=field))])
+    return msgspec.json.Decoder(record)
+
+
+def _parse_jsonl_slowly(block: Block, field: str) -> Iterator[str | BadRecord]:
     offset = block.offset_bytes
     for line in _lines(block.data):
         start, offset = offset, offset + len(line)
@@ -263,7 +258,7 @@ def _parse_jsonl_slowly(block: Block, field: str) -> Iterator[Document | BadReco
             if isinstance(text, str) and b"\\u" in line and _has_lone_surrogate(text):
                 yield BadRecord(block.path, start, "half a surrogate pair, which is no character")
             elif isinstance(text, str):
-                yield Document(text)
+                yield text
             else:
                 yield BadRecord(block.path, start, f"field {field!r} is {type(text).__name__}, expected a string")
 
@@ -285,7 +280,7 @@ def _lines(data: bytes) -> Iterator[bytes]:
         start = stop
 
 
-def parse_delimited(block: Block, delimiter: bytes) -> Iterator[Document | BadRecord]:
+def parse_delimited(block: Block, delimiter: bytes) -> Iterator[str | BadRecord]:
     """Plain text: a document ends at each delimiter (a blank line in CC-100)."""
     offset = block.offset_bytes
     for record in block.data.split(delimiter):
@@ -296,4 +291,4 @@ def parse_delimited(block: Block, delimiter: bytes) -> Iterator[Document | BadRe
             yield BadRecord(block.path, start + error.start, f"not valid UTF-8: {error.reason}")
         else:
             if text and not text.isspace():
-                yield Document(text.strip("\n"))
+                yield text.strip("\n")

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.formats import BadRecord, Document, Span
+from data_prep.formats import BadRecord, Span
 
 BATCH_ROWS = 1024
 
@@ -77,9 +77,7 @@ def dataset_texts(table, span: Span, field: str) -> Iterator[Any]:
         yield from table[start : min(start + BATCH_ROWS, span.stop)][field]
 
 
-def as_documents(
-    values: Iterator[Any], path: str, first_row: int, rows_per_document: int
-) -> Iterator[Document | BadRecord]:
+def as_documents(values: Iterator[Any], path: str, first_row: int, rows_per_document: int) -> Iterator[str | BadRecord]:
     """One document a row, or `rows_per_document` rows (sentences) joined by spaces into one."""
     row = first_row
     while rows := list(islice(values, max(1, rows_per_document))):
@@ -92,4 +90,4 @@ def as_documents(
                 yield BadRecord(path, -1, reason)
             row += 1
         if texts:
-            yield Document(texts[0] if rows_per_document <= 1 else " ".join(text.strip() for text in texts))
+            yield texts[0] if rows_per_document <= 1 else " ".join(text.strip() for text in texts)

@@ -41,7 +41,7 @@ _DTYPES = {
     5: np.dtype("<i8"),
 }
 UINT16_VOCABULARY_LIMIT = 65_500  # the same bound as Megatron-Core's
-COPY_BYTES = 8 << 20
+COPY_BYTES = 1 << 20
 
 
 def token_dtype(vocabulary_tokens: int) -> str:

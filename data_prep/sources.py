@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_prep import formats, rows, wikipedia
 from data_prep.errors import UserError
-from data_prep.formats import BadRecord, Block, Document, Span
+from data_prep.formats import BadRecord, Block, Span
 
 KINDS = ("wikipedia", "bookcorpus", "cc100", "jsonl", "parquet", "text", "hub")
 _DELIMITERS = {"jsonl": b"\n", "cc100": b"\n\n", "wikipedia": wikipedia.PAGE_END}
@@ -32,7 +32,7 @@ _LANGUAGE_OF_FILE = {
 }
 COMPRESSION_RATIO = 4  # of text, roughly: compressed units are planned this much smaller
 BOOK_ROWS = 4096  # sentences a document when BookCorpus has one sentence a row
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +249,7 @@ def blocks(unit: Unit, block_bytes: int) -> Iterator[Block]:
     yield from formats.span_blocks(unit.spans[0], _delimiter(unit.source), block_bytes)
 
 
-def documents(unit: Unit, block: Block | None = None) -> Iterator[Document | BadRecord]:
+def documents(unit: Unit, block: Block | None = None) -> Iterator[str | BadRecord]:
     """The documents of a unit, or of one block of a streamed unit, in order."""
     if block is not None:
         yield from _parse(unit.source, block)
@@ -272,7 +272,7 @@ def _open_dataset(source: Source):
     return rows.open_dataset(source.files[0], source.config, source.split, source.field)
 
 
-def _rows(source: Source, span: Span, values: Iterator, first_row: int) -> Iterator[Document | BadRecord]:
+def _rows(source: Source, span: Span, values: Iterator, first_row: int) -> Iterator[str | BadRecord]:
     return rows.as_documents(values, span.path, first_row, _rows_per_document(source))
 
 
@@ -280,19 +280,19 @@ def _rows_per_document(source: Source) -> int:
     return source.rows_per_document or (BOOK_ROWS if source.kind == "bookcorpus" else 0)
 
 
-def _whole_file(path: str) -> Iterator[Document | BadRecord]:
+def _whole_file(path: str) -> Iterator[str | BadRecord]:
     with formats.open_binary(path) as (file, _):
         data, torn = formats.read_all(file)
     if torn:
         yield BadRecord(path, len(data), torn)
         return
     try:
-        yield Document(data.decode().strip())
+        yield data.decode().strip()
     except UnicodeDecodeError as error:
         yield BadRecord(path, error.start, f"not valid UTF-8: {error.reason}")
 
 
-def _parse(source: Source, block: Block) -> Iterator[Document | BadRecord]:
+def _parse(source: Source, block: Block) -> Iterator[str | BadRecord]:
     if source.kind == "jsonl":
         yield from formats.parse_jsonl(block, source.field)
     elif source.kind == "wikipedia":

@@ -16,7 +16,7 @@ from data_prep.parts import SPLITS, Part
 from data_prep.sources import Unit
 from data_prep.tokenizer import Encoder
 
-BATCH_CHARACTERS = 2 << 20
+BATCH_CHARACTERS = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +97,8 @@ def _batches(unit: Unit, block: Block | None, options: UnitOptions, counts: Coun
                 )
             counts["bad_records"] += 1
             continue
-        texts.append(item.text)
-        characters += len(item.text)
+        texts.append(item)
+        characters += len(item)
         if characters >= BATCH_CHARACTERS:
             counts["documents_read"] += len(texts)
             yield texts

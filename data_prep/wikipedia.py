@@ -12,7 +12,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 
-from data_prep.formats import BadRecord, Block, Document, open_binary
+from data_prep.formats import BadRecord, Block, open_binary
 
 PAGE_END = b"</page>"
 _PAGE = re.compile(rb"<page>.*?</page>", re.DOTALL)
@@ -50,7 +50,7 @@ def dropped_namespaces(path: str) -> frozenset[str]:
     return _ENGLISH_NAMES | local
 
 
-def parse_pages(block: Block) -> Iterator[Document | BadRecord]:
+def parse_pages(block: Block) -> Iterator[str | BadRecord]:
     """The articles in a block of a dump, as `title`, an empty line and the clean text."""
     if block.data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         yield BadRecord(block.path, block.offset_bytes, "a dump in UTF-16, not UTF-8")
@@ -68,7 +68,7 @@ def parse_pages(block: Block) -> Iterator[Document | BadRecord]:
         if page.findtext("revision/model") in (None, "wikitext"):
             body = clean(wikitext, names)
             if body:
-                yield Document(f"{page.findtext('title')}\n\n{body}")
+                yield f"{page.findtext('title')}\n\n{body}"
 
 
 def clean(wikitext: str, dropped: frozenset[str] = _ENGLISH_NAMES) -> str:

@@ -15,6 +15,7 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -66,7 +67,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str], int]:
             launcher.append(word)
         elif name in (*_LAUNCHER_VALUES, "--max-restarts"):
             if not equals and not rest:
-                sys.exit(f"distill: error: {name} needs a value")
+                _refuse(f"{name} needs a value")
             value = value if equals else rest.pop(0)
             if name == "--max-restarts":
                 restarts = value
@@ -75,9 +76,13 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str], int]:
         else:
             ranks.append(word)
     if not restarts.isdigit():
-        print(f"distill: error: --max-restarts takes a number, not {restarts!r}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(f"--max-restarts takes a number, not {restarts!r}")
     return launcher, ranks, int(restarts)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"distill: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 class RankStatus:

@@ -216,7 +216,9 @@ class Distillation:
             keep_last=keep.keep_last,
             keep_every_steps=keep.keep_every_steps,
         )
-        self.log.say(f"saved {checkpoint.tag_of(self.step)} in {time.perf_counter() - began:.1f} s")
+        seconds = time.perf_counter() - began
+        self.log.record("checkpoint", self.step, {"seconds": seconds})
+        self.log.say(f"saved {checkpoint.tag_of(self.step)} in {seconds:.1f} s")
 
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()

@@ -27,14 +27,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable, Iterable, Iterator
-from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from mosaic import import_streaming
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -147,29 +147,15 @@ def open_arrow(folder: Path) -> Iterator[torch.Tensor]:
     return _endless(lambda: (batch["input_ids"] for batch in loader))
 
 
-def _import_streaming():
-    """MosaicML streaming; it imports torchvision for its image classes, which no matching build may exist for."""
-    for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
-        module = types.ModuleType(name)
-        module.__spec__ = ModuleSpec(name, None)
-        module.VisionDataset, module.to_tensor = object, None
-        sys.modules[name] = module
-    for name in ("datasets", "transforms"):
-        setattr(sys.modules["torchvision"], name, sys.modules[f"torchvision.{name}"])
-    import streaming
-
-    return streaming
-
-
 def write_mds(folder: Path, scale: int) -> None:
-    streaming = _import_streaming()
+    streaming = import_streaming()
     with streaming.MDSWriter(out=str(folder), columns={"input_ids": f"ndarray:uint16:{SEQ}"}) as writer:
         for row in rows_of(scale):
             writer.write({"input_ids": row})
 
 
 def open_mds(folder: Path) -> Iterator[torch.Tensor]:
-    streaming = _import_streaming()
+    streaming = import_streaming()
     data = streaming.StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH)
 
     def collate(rows: list[dict]) -> torch.Tensor:
@@ -184,7 +170,7 @@ def open_megatron(folder: Path) -> Iterator[torch.Tensor]:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
-    tokenizer = types.SimpleNamespace(eod=SEP, pad=0, vocab_size=30_522, unique_identifiers={"class": "benchmark"})
+    tokenizer = SimpleNamespace(eod=SEP, pad=0, vocab_size=30_522, unique_identifiers={"class": "benchmark"})
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=SEQ,
@@ -232,7 +218,7 @@ def measure(name: str, folder: Path, seconds: float) -> dict[str, float]:
     """Run in a process of its own: opens, then reads for so many seconds, but at least 6,400 samples."""
     _, _, opener, modules = CONTENDERS[name]
     if "streaming" in modules:
-        _import_streaming()
+        import_streaming()
     for module in ("data_prep.shards", "pipeline.loader", *(m for m in modules if m != "streaming")):
         __import__(module)
     before = _resident_mb("VmRSS")

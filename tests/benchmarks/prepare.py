@@ -5,8 +5,8 @@
 
 The text is a JSONL file with a field `text`, repeated to the wanted size. Every tool reads that file, uses the same
 number of processes and writes its own format to the disk. Tools are measured in turn, in `--rounds` rounds, and the
-best round counts. Ours is measured on the whole text; tools that need minutes for it get a smaller part, since all
-rates are per byte. A tool that is not installed (here or under `--python`) is left out of the table by name.
+median of the rounds counts. Ours is measured on the whole text; tools that need minutes for it get a smaller part,
+since all rates are per byte. A tool that is not installed (here or under `--python`) is left out of the table by name.
 
 Rates are steady: the time for a fifth of the text is taken off, and its bytes with it, for every tool, so that imports,
 process starts and loading the tokenizer do not count. Beside the wall time stands the processor time of all processes,
@@ -14,10 +14,13 @@ which other load on the machine disturbs less.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 2
 FAST = ("encoder alone", "minilm prepare", "gigatoken + Megatron-Core")
 SLOW_MEGABYTES = 6
+TIMEOUT_SECONDS = 300
 UNCOUNTED = ("datatrove",)  # does not wait for its processes, so their processor time is unknown
 
 
@@ -79,7 +83,9 @@ def minilm_prepare(text: Path, tokenizer: str, folder: Path) -> None:
     from data_prep.prepare import PrepareRequest, prepare
     from data_prep.sources import Source
 
-    request = PrepareRequest(tokenizer=tokenizer, sources=(Source(kind="jsonl", path=str(text)),), unit_bytes=16 << 20)
+    # Shards of the size of a unit, so that they are built all along, as they are in a corpus of many gigabytes.
+    source = Source(kind="jsonl", path=str(text))
+    request = PrepareRequest(tokenizer=tokenizer, sources=(source,), shard_bytes=16 << 20)
     prepare(request, folder / "corpus", workers=WORKERS, show_progress=False)
 
 
@@ -170,13 +176,16 @@ def mds_writer(text: Path, tokenizer: str, folder: Path) -> None:
 def _mds_share(text: str, tokenizer: str, folder: str, number: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import numpy as np
-    from streaming import MDSWriter
+    from mosaic import import_streaming
     from tokenizers import Tokenizer
 
     encode = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
     encode.no_truncation()
     encode.no_padding()
-    with open(text, "rb") as file, MDSWriter(out=f"{folder}/{number}", columns={"ids": "ndarray:uint32"}) as writer:
+    with (
+        open(text, "rb") as file,
+        import_streaming().MDSWriter(out=f"{folder}/{number}", columns={"ids": "ndarray:uint32"}) as writer,
+    ):
         for position, line in enumerate(file):
             if position % WORKERS == number:
                 ids = encode.encode(json.loads(line)["text"], add_special_tokens=False).ids
@@ -199,14 +208,21 @@ def run_tool(tool: str, text: Path, tokenizer: str, python: str) -> tuple[float,
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     command = [python, __file__, "--run", tool, str(text), tokenizer, str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            print(f"{tool}: left out: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+        if process.returncode:
+            print(f"{tool}: left out: {errors.strip().splitlines()[-1:]}", file=sys.stderr)
             return None
-        wall, processor = done.stdout.strip().splitlines()[-1].split()
+        wall, processor = output.strip().splitlines()[-1].split()
         return float(wall), float(processor)
+    except subprocess.TimeoutExpired:
+        print(f"{tool}: left out: not done after {TIMEOUT_SECONDS} s", file=sys.stderr)
+        return None
     finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -217,7 +233,7 @@ def measure(options, name: str, tokenizer: str, folder: Path) -> dict:
         for part in (1.0, 0.2):
             path = folder / f"{kind}-{part}.jsonl"
             sizes[kind, part] = path, repeat_text(options.text, path, megabytes * part)
-    best: dict[str, dict] = {}
+    rates: dict[str, list[dict]] = {}
     for _ in range(options.rounds):
         for tool in TOOLS:
             if options.tools and tool not in options.tools:
@@ -226,21 +242,22 @@ def measure(options, name: str, tokenizer: str, folder: Path) -> dict:
             python = options.pythons.get(SHORT_NAMES.get(tool, tool), sys.executable)
             (small, small_bytes), (large, large_bytes) = sizes[kind, 0.2], sizes[kind, 1.0]
             seconds = [run_tool(tool, path, tokenizer, python) for path in (small, large)]
-            if (
-                None in seconds or seconds[1] <= seconds[0] or seconds[1][1] <= seconds[0][1]
-            ):  # not here, or another load on the machine
+            if None in seconds:  # not here
                 continue
             wall, processor = (later - earlier for earlier, later in zip(*seconds, strict=True))
+            if wall <= 0 or (processor <= 0 and tool not in UNCOUNTED):
+                print(f"{tool}: this round does not count: the smaller text took longer", file=sys.stderr)
+                continue
             megabytes = (large_bytes - small_bytes) / 1e6
-            rates = {"wall": megabytes / wall, "core": megabytes / processor}
+            rate = {"wall": megabytes / wall, "core": 0.0 if tool in UNCOUNTED else megabytes / processor}
             print(
-                f"{name:10} {tool:26} {rates['wall']:7.1f} MB/s, {rates['core']:.1f} a core",
-                file=sys.stderr,
-                flush=True,
+                f"{name:10} {tool:26} {rate['wall']:7.1f} MB/s, {rate['core']:.1f} a core", file=sys.stderr, flush=True
             )
-            if rates["core"] > best.get(tool, {"core": 0})["core"]:
-                best[tool] = {**rates, "whole_seconds": seconds[1][0], "text_bytes": large_bytes}
-    return best
+            rates.setdefault(tool, []).append(rate)
+    return {
+        tool: {kind: statistics.median(rate[kind] for rate in rounds) for kind in ("wall", "core")}
+        for tool, rounds in rates.items()
+    }
 
 
 def cell(tool: str, row: dict) -> str:
@@ -258,7 +275,7 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[], metavar="TOOL=PYTHON")
     parser.add_argument("--tools", action="append", default=[], choices=TOOLS)
     parser.add_argument("--megabytes", type=float, default=64)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.run:

@@ -13,7 +13,7 @@ import pytest
 
 from data_prep import formats, sources
 from data_prep.errors import UserError
-from data_prep.formats import BadRecord, Document
+from data_prep.formats import BadRecord
 from data_prep.sources import Source
 
 COMPRESSORS = {"": lambda data: data, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
@@ -34,8 +34,8 @@ def items_of(source, unit_bytes=1 << 20):
 
 def texts_of(source, unit_bytes=1 << 20):
     found = items_of(source, unit_bytes)
-    assert all(isinstance(item, Document) for item in found), found
-    return [item.text for item in found]
+    assert all(isinstance(item, str) for item in found), found
+    return found
 
 
 def write(path, text, suffix=""):
@@ -159,7 +159,7 @@ def test_bad_json_records_are_named_by_file_and_line(tmp_path, data, suffix):
     line, reason = BAD_JSONL[data]
     path = write(tmp_path / "a.jsonl", data, suffix)
     good_1, bad, good_2 = items_of(Source.parse(f"jsonl:{path}"))
-    assert (good_1.text, good_2.text) == ("ok", "last")
+    assert (good_1, good_2) == ("ok", "last")
     assert isinstance(bad, BadRecord)
     assert f"{path}, line {line} " in bad.describe() and reason in bad.describe()
 
@@ -167,7 +167,7 @@ def test_bad_json_records_are_named_by_file_and_line(tmp_path, data, suffix):
 def test_bad_bytes_in_plain_text(tmp_path):
     path = write(tmp_path / "xx.txt", b"good\n\nbad \xff bytes\n\ngood again\n")
     items = items_of(Source.parse(f"cc100:{path}"))
-    assert [type(item) for item in items] == [Document, BadRecord, Document]
+    assert [type(item) for item in items] == [str, BadRecord, str]
     assert "line 3" in items[1].describe()
 
 
@@ -186,7 +186,7 @@ def test_missing_values_and_columns_in_parquet(tmp_path):
 @pytest.mark.parametrize("unit_bytes", [500, 1 << 20])
 def test_truncated_compressed_file_gives_its_whole_records_and_says_so(tmp_path, suffix, unit_bytes, samples):
     path = write(tmp_path / "a.jsonl", samples.leads().read_bytes()[:3_000_000], suffix)
-    whole = [item for item in items_of(Source.parse(f"jsonl:{path}")) if isinstance(item, Document)]
+    whole = [item for item in items_of(Source.parse(f"jsonl:{path}")) if isinstance(item, str)]
     path.write_bytes(path.read_bytes()[:-200_000])
     *documents, torn = items_of(Source.parse(f"jsonl:{path}"), unit_bytes)
     assert isinstance(torn, BadRecord) and "truncated or damaged" in torn.describe()

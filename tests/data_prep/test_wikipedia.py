@@ -6,7 +6,7 @@ import re
 import pytest
 
 from data_prep import formats, sources
-from data_prep.formats import BadRecord, Document
+from data_prep.formats import BadRecord
 from data_prep.sources import Source
 from data_prep.wikipedia import clean, dropped_namespaces
 
@@ -39,11 +39,11 @@ def test_the_sample_has_its_articles_and_no_redirects(articles, samples):
     assert 0 < len(kept) < len(pages)
     assert len(articles) == len(kept) == 106
     titles = [re.search(r"<title>(.*?)</title>", page)[1] for page in kept]
-    assert [item.text.split("\n")[0] for item in articles] == titles
+    assert [item.split("\n")[0] for item in articles] == titles
 
 
 def test_no_markup_is_left_in_real_articles(articles):
-    text = "\n".join(item.text for item in articles)
+    text = "\n".join(articles)
     for residue in (
         "{{",
         "}}",
@@ -114,7 +114,7 @@ def test_namespaces_in_the_language_of_the_wiki(tmp_path):
     (source,) = sources.expand((Source.parse(f"wikipedia:{path}"),))
     assert (source.name, source.language) == ("wikipedia-de", "de")
     (unit,) = sources.plan(source, 1 << 20)
-    assert list(sources.documents(unit)) == [Document("Ä\n\nInhalt von Ä & mehr.")]
+    assert list(sources.documents(unit)) == ["Ä\n\nInhalt von Ä & mehr."]
 
 
 @pytest.mark.parametrize("unit_bytes", [100_000, 400_000])
@@ -146,7 +146,7 @@ def test_a_broken_page_is_a_bad_record(tmp_path):
     path.write_text(f"<mediawiki>\n{good}\n<page><title>B</title><ns>0</revision></page>\n{good}</mediawiki>")
     (source,) = sources.expand((Source.parse(f"wikipedia:{path}"),))
     items = [item for unit in sources.plan(source, 1 << 20) for item in sources.documents(unit)]
-    assert [type(item) for item in items] == [Document, BadRecord, Document]
+    assert [type(item) for item in items] == [str, BadRecord, str]
     assert "line 3" in items[1].describe() and "not a valid page" in items[1].describe()
 
 
