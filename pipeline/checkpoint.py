@@ -26,7 +26,7 @@ import torch.distributed as dist
 from data_prep import durable
 from data_prep.errors import UserError
 from pipeline.elastic import load_elsewhere
-from pipeline.engine import import_deepspeed
+from pipeline.operators import import_deepspeed
 
 RECORD = "complete.json"
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.errors import UserError
-from pipeline.engine import import_deepspeed
+from pipeline.operators import import_deepspeed
 
 UNIVERSAL = "universal"
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -7,7 +7,6 @@ place, and refuses a knob that both set.
 import json
 import math
 import os
-import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 
 from data_prep.errors import UserError
-from pipeline.config import Optimizer, Recipe
+from pipeline.config import Optimizer, Recipe, Teacher
+from pipeline.operators import cpu_adam, import_deepspeed, load_async_io
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
@@ -27,15 +27,6 @@ _OWNED_BY_RECIPE = {
     "scheduler": "optimizer.schedule, peak_lr and warmup_steps",
     "checkpoint": "the way a run resumes",
 }
-
-
-def import_deepspeed():
-    """DeepSpeed, told beforehand that there is no GPU where there is none: it would warn of that in every process."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    return deepspeed
 
 
 def shipped_ds_configs() -> list[str]:
@@ -81,6 +72,11 @@ def merge(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> dict
         raise UserError(
             "DeepSpeed cannot set data_types for bf16 or fp16 at ZeRO stage 0: leave it out, or use stage 1"
         )
+    if _offload(ds_config, "optimizer") == "nvme":
+        raise UserError(
+            "zero_optimization.offload_optimizer.device = nvme is not supported: DeepSpeed's checkpoints of such a run "
+            'lack the step of Adam and all small weights, so it could not resume. Use "cpu" (offload_param may be nvme)'
+        )
     global_batch = recipe.optimizer.global_batch_samples
     if global_batch % world_size:
         raise UserError(
@@ -98,6 +94,11 @@ def merge(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> dict
         "steps_per_print": ds_config.get("steps_per_print", 1 << 62),
         "zero_allow_untested_optimizer": True,
     }
+
+
+def _offload(config: dict[str, Any], what: str) -> str:
+    """Where the student's "optimizer" or "param" is offloaded to: none, cpu or nvme."""
+    return (config.get("zero_optimization", {}).get(f"offload_{what}") or {}).get("device", "none")
 
 
 def zero_stage(config: dict[str, Any]) -> int:
@@ -174,6 +175,8 @@ def start_student(model: torch.nn.Module, options: Optimizer, config: dict[str, 
     Returns:
         deepspeed.DeepSpeedEngine
     """
+    if _offload(config, "param") == "nvme":
+        load_async_io()
     if "activation_checkpointing" in config:
         model.backbone.gradient_checkpointing_enable()
 
@@ -226,28 +229,23 @@ def _discard_gradients(student) -> None:
 
 def _adamw(groups: list[dict[str, Any]], options: Optimizer, config: dict[str, Any]) -> torch.optim.Optimizer:
     arguments = dict(lr=options.peak_lr, betas=options.betas, eps=options.eps)
-    offloads = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    offloads = _offload(config, "optimizer") != "none"
     if offloads and config.get("zero_force_ds_cpu_optimizer", True):
-        return _compiled_cpu_adam()(groups, adamw_mode=True, **arguments)
+        return cpu_adam()(groups, adamw_mode=True, **arguments)
     # torch's own AdamW needs no compiler; its fused form is as fast on a GPU as DeepSpeed's compiled one.
     return torch.optim.AdamW(groups, fused=torch.cuda.is_available() and not offloads, **arguments)
 
 
-def _compiled_cpu_adam():
-    """DeepSpeed's Adam for offloaded state, compiled by the first rank of each machine if it never was before."""
-    if not (shutil.which("g++") and shutil.which("ninja")):
-        raise UserError(
-            "offloading the optimizer compiles DeepSpeed's CPU Adam, which needs g++ and ninja on the PATH. Install "
-            'them, or set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration to use PyTorch\'s own.'
+def nvme_folders(config: dict[str, Any], teacher: Teacher) -> dict[str, str | None]:
+    """The folders that hold weights during a run, by the key that names each."""
+    folders = {}
+    if _offload(config, "param") == "nvme":
+        folders["zero_optimization.offload_param.nvme_path"] = config["zero_optimization"]["offload_param"].get(
+            "nvme_path"
         )
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-
-    if os.environ["LOCAL_RANK"] == "0":
-        print("loading DeepSpeed's CPU Adam; the first time it is compiled, for a minute or two", flush=True)
-        CPUAdamBuilder().load(verbose=False)
-    torch.distributed.barrier()
-    return DeepSpeedCPUAdam
+    if teacher.placement == "zero3_nvme":
+        folders["teacher.nvme_path"] = teacher.nvme_path
+    return folders
 
 
 def start_monitor(config: dict[str, Any], output: Path, summary: str):

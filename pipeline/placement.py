@@ -20,8 +20,9 @@ from torch import nn
 from data_prep.errors import UserError
 from pipeline.architectures import without_pooler
 from pipeline.config import Teacher
-from pipeline.engine import compute_dtype, device, import_deepspeed
+from pipeline.engine import compute_dtype, device
 from pipeline.models import RelationEncoder, load_teacher, teacher_config, with_layers
+from pipeline.operators import import_deepspeed, load_async_io
 
 REPLICA_SHARE = 0.25  # of the memory that is free: the rest is for the student, its optimizer and activations
 
@@ -117,8 +118,7 @@ def _zero3_config(teacher: Teacher, kind: str, ds_config: dict[str, Any]) -> dic
     if kind == "zero3_cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if kind == "zero3_nvme":
-        if teacher.nvme_path is None:
-            raise UserError("teacher.placement = 'zero3_nvme' needs teacher.nvme_path, a folder on a fast local disk")
+        load_async_io()
         zero["offload_param"] = {"device": "nvme", "nvme_path": teacher.nvme_path}
     precision = {name: ds_config[name] for name in ("bf16", "fp16") if name in ds_config}
     return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "steps_per_print": 1 << 62, **precision}

@@ -13,6 +13,7 @@ from pipeline.build import data_options, student_shape, teacher_settings
 from pipeline.config import Recipe
 from pipeline.loader import SampleSet, validation_batches
 from pipeline.models import position_limit
+from pipeline.operators import require_async_io
 from pipeline.student_init import TAIL_INITS, parse_init
 
 
@@ -34,6 +35,7 @@ def check(
         UserError: what was given, what was expected, what to do.
     """
     engine.merge(recipe, ds_config, world_size=world_size)
+    _check_nvme(recipe, ds_config)
     if Path(recipe.teacher.model) == samples.folder() / samples.TEACHER:
         samples.require(samples.TEACHER)
     teacher = teacher_settings(recipe)
@@ -89,6 +91,15 @@ def check_against_teacher(recipe: Recipe, *, layers: int, hidden: int, positions
             )
     if problems:
         raise UserError("the recipe cannot run:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def _check_nvme(recipe: Recipe, ds_config: dict[str, Any]) -> None:
+    folders = engine.nvme_folders(ds_config, recipe.teacher)
+    for key, folder in folders.items():
+        if not folder or not Path(folder).is_dir():
+            raise UserError(f"{key} = {folder!r}: expected a folder that exists, on a fast local disk")
+    if folders:
+        require_async_io()
 
 
 def _check_init(init: str, tail_init: str, student_layers: int, teacher_layers: int) -> None:

@@ -5,19 +5,24 @@ import shutil
 
 import pytest
 import torch
+from rich.console import Console
 
 from data_prep import durable
+from pipeline import report
 from pipeline.checkpoint import find, read_weights
 from pipeline.elastic import UNIVERSAL, convert
+from pipeline.export import export, load_exported
 from pipeline.monitor import read_metrics
+from pipeline.run_folder import FinishedRun
 
 NO_DROPOUT = "student.dropout=0.0"  # its masks belong to a rank, so another number of ranks draws others
 
 
-def ds_config(folder, stage):
+def ds_config(folder, stage, offload=None, **sections):
+    """`offload`: what is not kept on the device, "optimizer" or "param", and where."""
     path = folder / f"stage{stage}.json"
-    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
-    durable.write(path, json.dumps(config))
+    zero = {"stage": stage, **{f"offload_{what}": where for what, where in (offload or {}).items()}}
+    durable.write(path, json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero, **sections}))
     return f"--ds-config={path}"
 
 
@@ -65,6 +70,7 @@ def test_from_any_stage_and_ranks_to_others(source, targets, unbroken, distill, 
     """(stage, ranks) -> (stage, ranks)."""
     start = tmp_path / "start"
     distill(start, ds_config(tmp_path, source[0]), NO_DROPOUT, "--stop-at=3", ranks=source[1])
+    _can_be_inspected_and_exported(start)
     for stage, ranks in targets:
         run = shutil.copytree(start, tmp_path / f"to-{stage}-{ranks}")
         distill(run, ds_config(tmp_path, stage), NO_DROPOUT, ranks=ranks)
@@ -86,19 +92,56 @@ def test_every_stage_follows_the_same_curve(ranks, distill, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 2), ("fp32", 3), ("bf16", 2), ("bf16", 3)])
+@pytest.mark.parametrize(
+    ("precision", "stage"), [("fp32", 0), ("fp32", 2), ("fp32", 3), ("bf16", 0), ("bf16", 2), ("bf16", 3)]
+)
 def test_resuming_is_bit_exact_on_other_stages_too(stage, precision, distill, tmp_path):
-    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
-    if precision == "bf16":
-        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    durable.write(tmp_path / "ds.json", json.dumps(config))
-    arguments = [f"--ds-config={tmp_path / 'ds.json'}"]
+    sections = {"bf16": {"enabled": True}} if precision == "bf16" else {}
+    if sections and stage:
+        sections["data_types"] = {"grad_accum_dtype": "fp32"}
+    arguments = [ds_config(tmp_path, stage, **sections)]
     distill(tmp_path / "unbroken", *arguments)
     distill(tmp_path / "resumed", *arguments, "--stop-at=3")
     distill(tmp_path / "resumed", *arguments)
     assert losses(tmp_path / "unbroken") == losses(tmp_path / "resumed")
     ours, theirs = (read_weights(tmp_path / name / "checkpoints" / "step-00000006") for name in ("unbroken", "resumed"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+def test_state_in_host_memory_can_be_moved_and_logged_to_csv(unbroken, distill, tmp_path):
+    """Optimizer and weights offloaded to the CPU: the same curve, also from stage 2 to 3 and back to one rank."""
+    run, cpu = tmp_path / "run", {"device": "cpu"}
+    csv = {"enabled": True, "output_path": str(tmp_path), "job_name": "csv"}
+    distill(run, ds_config(tmp_path, 2, {"optimizer": cpu}, csv_monitor=csv), NO_DROPOUT, "--stop-at=2")
+    distill(run, ds_config(tmp_path, 3, {"optimizer": cpu, "param": cpu}), NO_DROPOUT, "--stop-at=4")
+    _can_be_inspected_and_exported(run)
+    distill(run, ds_config(tmp_path, 3, {"optimizer": cpu}), NO_DROPOUT, ranks=1)
+    _same_curve(run, unbroken)
+    assert len((tmp_path / "csv" / "train_loss.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.exhaustive
+def test_weights_on_nvme_give_the_same_curve(unbroken, distill, tmp_path):
+    """Needs libaio's headers, and minutes to compile DeepSpeed's reads."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    offload = {"optimizer": {"device": "cpu"}, "param": {"device": "nvme", "nvme_path": str(disk)}}
+    arguments = [ds_config(tmp_path, 3, offload), NO_DROPOUT]
+    arguments += ["teacher.placement=zero3_nvme", f"teacher.nvme_path={disk}"]
+    distill(tmp_path / "run", *arguments, "--stop-at=3")
+    distill(tmp_path / "run", *arguments)
+    _same_curve(tmp_path / "run", unbroken)
+
+
+def _can_be_inspected_and_exported(run):
+    lines = Console(width=200)
+    with lines.capture() as shown:
+        lines.print(report.table(run))
+    assert "whole" in shown.get() and "torn" not in shown.get()
+    finished = FinishedRun.open(run)
+    weights = load_exported(export(finished, run.parent / "export")).state_dict()
+    assert all(weight.isfinite().all() for weight in weights.values())
 
 
 def _same_curve(run, unbroken):
@@ -112,7 +155,5 @@ def _same_curve(run, unbroken):
 @pytest.mark.slow
 def test_activation_checkpointing_changes_no_number(distill, tmp_path):
     for name, extra in (("kept", {}), ("again", {"activation_checkpointing": {}})):
-        config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 2}, **extra}
-        durable.write(tmp_path / f"{name}.json", json.dumps(config))
-        distill(tmp_path / name, f"--ds-config={tmp_path / name}.json", NO_DROPOUT, ranks=1)
+        distill(tmp_path / name, ds_config(tmp_path, 2, **extra), NO_DROPOUT, ranks=1)
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "kept"), rel=1e-5)

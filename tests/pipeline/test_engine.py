@@ -6,6 +6,7 @@ import torch
 from data_prep.errors import UserError
 from pipeline import engine
 from pipeline.config import load_recipe, shipped_recipes
+from pipeline.operators import import_deepspeed
 
 
 @pytest.mark.parametrize("recipe", shipped_recipes())
@@ -15,7 +16,7 @@ def test_every_recipe_loads_with_every_ds_config(recipe, name):
     merged = engine.merge(recipe, engine.read_ds_config(name), world_size=2)
     micro, accumulation = merged["train_micro_batch_size_per_gpu"], merged["gradient_accumulation_steps"]
     assert micro * accumulation * 2 == merged["train_batch_size"] == recipe.optimizer.global_batch_samples
-    deepspeed = engine.import_deepspeed()
+    deepspeed = import_deepspeed()
     parsed = deepspeed.DeepSpeedConfig({**merged, "train_batch_size": micro * accumulation})  # this process is one rank
     assert parsed.zero_config.stage == engine.zero_stage(merged)
     assert parsed.gradient_clipping == recipe.optimizer.clip_norm
@@ -43,6 +44,13 @@ def test_uneven_global_batch_is_refused():
 def test_a_knob_set_on_both_sides_is_refused(key):
     with pytest.raises(UserError, match=key):
         engine.merge(load_recipe("demo"), {"train_micro_batch_size_per_gpu": 8, key: 1}, world_size=1)
+
+
+def test_optimizer_state_on_nvme_is_refused_because_it_cannot_be_resumed():
+    config = engine.read_ds_config("zero3_nvme")
+    config["zero_optimization"]["offload_optimizer"] = {"device": "nvme", "nvme_path": "."}
+    with pytest.raises(UserError, match='could not resume. Use "cpu"'):
+        engine.merge(load_recipe("demo"), config, world_size=1)
 
 
 def test_bad_ds_configs_are_named(tmp_path):

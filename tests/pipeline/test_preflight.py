@@ -2,7 +2,8 @@ import pytest
 
 from data_prep.errors import UserError
 from pipeline.config import load_recipe
-from pipeline.preflight import check_against_teacher
+from pipeline.engine import read_ds_config
+from pipeline.preflight import check, check_against_teacher
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,12 @@ def test_what_the_teacher_makes_impossible_is_refused(override, message):
     check_against_teacher(load_recipe("demo"), **sizes)
     with pytest.raises(UserError, match=message):
         check_against_teacher(load_recipe("demo", [override]), **sizes)
+
+
+def test_folders_on_nvme_must_exist(tmp_path):
+    recipe = load_recipe("demo")
+    with pytest.raises(UserError, match="offload_param.nvme_path = '/local_nvme': expected a folder that exists"):
+        check(recipe, read_ds_config("zero3_nvme"), world_size=1, resume="auto")
+    recipe = load_recipe("demo", ["teacher.placement=zero3_nvme", f"teacher.nvme_path={tmp_path / 'none'}"])
+    with pytest.raises(UserError, match="teacher.nvme_path = .*none'"):
+        check(recipe, read_ds_config("cpu"), world_size=1, resume="auto")

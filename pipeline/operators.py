@@ -1,0 +1,62 @@
+"""DeepSpeed as a library: importing it, and the operators that it compiles on first use."""
+
+import os
+import shutil
+
+import torch
+
+from data_prep.errors import UserError
+
+
+def import_deepspeed():
+    """DeepSpeed, told beforehand that there is no GPU where there is none: it would warn of that in every process."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    return deepspeed
+
+
+def cpu_adam():
+    """DeepSpeed's Adam for offloaded state."""
+    if not _has_compiler():
+        raise UserError(
+            "offloading the optimizer compiles DeepSpeed's CPU Adam, which needs g++ and ninja on the PATH. Install "
+            'them, or set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration to use PyTorch\'s own.'
+        )
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    _load_operator(CPUAdamBuilder, "CPU Adam")
+    return DeepSpeedCPUAdam
+
+
+def require_async_io() -> None:
+    """Refuse weights on NVMe where DeepSpeed's asynchronous reads cannot be compiled."""
+    import_deepspeed()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not (_has_compiler() and AsyncIOBuilder().is_compatible(verbose=False)):
+        raise UserError(
+            "weights on NVMe need DeepSpeed's async_io, which is compiled from libaio with g++ and ninja. Install "
+            "libaio-dev (libaio-devel on Red Hat), g++ and ninja, or keep the weights in memory: offload to cpu."
+        )
+
+
+def load_async_io() -> None:
+    """Have DeepSpeed's asynchronous reads ready on all ranks of this machine."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    _load_operator(AsyncIOBuilder, "asynchronous reads")
+
+
+def _has_compiler() -> bool:
+    return bool(shutil.which("g++") and shutil.which("ninja"))
+
+
+def _load_operator(builder, words: str) -> None:
+    """Load one of DeepSpeed's operators; the first rank of each machine compiles it if it never was."""
+    if os.environ["LOCAL_RANK"] == "0":
+        print(f"loading DeepSpeed's {words}; the first time it is compiled, for some minutes", flush=True)
+        builder().load(verbose=False)
+    torch.distributed.barrier()
