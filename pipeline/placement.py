@@ -119,7 +119,10 @@ def _zero3_config(teacher: Teacher, kind: str, ds_config: dict[str, Any]) -> dic
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if kind == "zero3_nvme":
         load_async_io()
-        zero["offload_param"] = {"device": "nvme", "nvme_path": teacher.nvme_path}
+        # A folder of its own: DeepSpeed names files by a parameter's number, and the student's may lie there too.
+        folder = Path(teacher.nvme_path) / "teacher"
+        folder.mkdir(exist_ok=True)
+        zero["offload_param"] = {"device": "nvme", "nvme_path": str(folder)}
     precision = {name: ds_config[name] for name in ("bf16", "fp16") if name in ds_config}
     return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "steps_per_print": 1 << 62, **precision}
 
