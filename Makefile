@@ -57,6 +57,9 @@ bench: setup
 	python tests/benchmarks/prepare.py --text $(RUNS)/samples/leads-en.jsonl \
 	    --tokenizer wordpiece=$(RUNS)/samples/all-MiniLM-L6-v2
 	python tests/benchmarks/teacher_memory.py
+	minilm prepare --tokenizer $(RUNS)/samples/all-MiniLM-L6-v2 --validation 0.02 \
+	    --source jsonl,language=en:$(RUNS)/samples/leads-en.jsonl --out $(RUNS)/bench/corpus
+	python tests/benchmarks/overheads.py data.corpus=$(RUNS)/bench/corpus
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache runs/demo

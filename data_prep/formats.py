@@ -236,7 +236,7 @@ def _texts_of_lines(data: bytes, field: str) -> list[str]:
 @functools.cache
 def _decoder(field: str):
     """Reads the text of each line and passes over all other fields."""
-    record = msgspec.defstruct("Record", [("text", str, msgspec.field(name=field))])
+    record = msgspec.defstruct("Record", [("text", str, msgspec.field(name=field))], gc=False)
     return msgspec.json.Decoder(record)
 
 

@@ -20,8 +20,8 @@ from typing import NoReturn
 import psutil
 
 SCRIPT = Path(__file__).resolve().parent / "distill.sh"
-JOB = "MINILM_JOB"
-STATUS = "MINILM_STATUS"
+JOB = "PYTHON_MINILM_JOB"  # DeepSpeed hands variables to other machines only if they begin with PYTHON or the like
+STATUS = "PYTHON_MINILM_STATUS"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 FINAL_CODES = (0, 2, 3, 75)  # done, the user's mistake, diverged, asked to stop
 GRACE_SECONDS = 120
@@ -114,7 +114,8 @@ class _Job:
             launcher = subprocess.Popen(self._command, env=environment, start_new_session=True)
             code = launcher.wait()
             self._outlive_ranks()
-            return _verdict(code, [path.read_text() for path in status.iterdir()])
+            several_machines = any(word.startswith("--hostfile") for word in self._command)
+            return _verdict(code, [path.read_text() for path in status.iterdir()], several_machines)
         finally:
             shutil.rmtree(status, ignore_errors=True)
 
@@ -145,10 +146,15 @@ class _Job:
                 return
 
 
-def _verdict(launcher_code: int, statuses: list[str]) -> int:
-    """The ranks' own word if they all left one, and the same; else the launcher's, but never success."""
+def _verdict(launcher_code: int, statuses: list[str], several_machines: bool) -> int:
+    """The ranks' own word if all of this machine left one, and the same; else the launcher's.
+
+    The launcher's success is believed only where no rank runs on this machine to confirm it.
+    """
     if statuses and len(set(statuses)) == 1 and statuses[0] != "running":
         return int(statuses[0])
+    if several_machines and not statuses and launcher_code == 0:
+        return 0
     return launcher_code if launcher_code > 0 else 1
 
 

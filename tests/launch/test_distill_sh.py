@@ -51,6 +51,15 @@ def test_launcher_options_behind_the_script_are_explained(tmp_path):
     assert process.returncode == 2 and "--num_gpus belongs to the launcher" in process.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--num_gpus"], "--num_gpus needs a value"), (["--max-restarts", "some"], "takes a number, not 'some'")],
+)
+def test_launcher_options_with_a_wrong_value_are_refused(words, message, tmp_path):
+    process = start(["bash", SCRIPT, "--recipe", "demo", *words], cwd=tmp_path)
+    assert process.returncode == 2 and message in process.stderr and "Traceback" not in process.stderr
+
+
 def test_a_python_without_the_packages_is_named(tmp_path):
     bare = tmp_path / "python3"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')

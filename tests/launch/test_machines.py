@@ -1,0 +1,72 @@
+"""Two machines: DeepSpeed's launcher over pdsh and ssh, both of them this machine under two names."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.monitor import read_metrics
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "distill.sh"
+SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (SSHD and shutil.which("pdsh")), reason="needs pdsh and openssh-server"),
+]
+
+
+@pytest.fixture
+def machines(tmp_path, port):
+    """The environment of a login shell from which `ssh node1` and `ssh node2` work, and a host file."""
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
+    server = dict(Port=port, ListenAddress="127.0.0.1", HostKey=tmp_path / "host", StrictModes="no", UsePAM="no")
+    server |= dict(AuthorizedKeysFile=tmp_path / "user.pub", PidFile="none", PermitRootLogin="yes")
+    options = [word for key, value in server.items() for word in ("-o", f"{key}={value}")]
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    client = dict(HostName="127.0.0.1", Port=port, IdentityFile=tmp_path / "user", StrictHostKeyChecking="no")
+    client |= dict(UserKnownHostsFile="/dev/null", LogLevel="ERROR")
+    (tmp_path / "config").write_text("Host node1 node2\n" + "".join(f"  {k} {v}\n" for k, v in client.items()))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {tmp_path}/config "$@"\n')
+    (tmp_path / "bin" / "ssh").chmod(0o755)
+    (tmp_path / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    daemon = subprocess.Popen([SSHD, "-D", "-f", "/dev/null", *options])
+    yield {**os.environ, "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    daemon.terminate()
+    daemon.wait(10)
+
+
+def start(folder, environment, *arguments):
+    command = ["bash", SCRIPT, "--hostfile", folder / "hosts", "--master_addr=127.0.0.1", "--recipe", "demo"]
+    command += [*arguments, f"run.output={folder / 'run'}"]
+    log = (folder / "log.txt").open("a")
+    return subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
+
+
+def test_two_machines_train_as_one_and_stop_together(machines, runs, small_run, tmp_path):
+    log = tmp_path / "log.txt"
+    assert start(tmp_path, machines, *small_run).wait(200) == 0, log.read_text()
+    ours, theirs = ([r["loss"] for r in read_metrics(folder, "train")] for folder in (tmp_path / "run", runs.unbroken))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+    shutil.rmtree(tmp_path / "run")
+    job = start(tmp_path, machines, *small_run, "optimizer.steps=100000", "checkpoint.every_steps=100000")
+    deadline = time.monotonic() + 120
+    while not read_metrics(tmp_path / "run", "train"):
+        assert job.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(60) == 75, log.read_text()
+    assert list((tmp_path / "run" / "checkpoints").glob("*/complete.json"))
+    left = [
+        p for p in psutil.process_iter(["cmdline"]) if f"run.output={tmp_path}" in " ".join(p.info["cmdline"] or [])
+    ]
+    assert not left
