@@ -107,6 +107,7 @@ def _prepare(request: PrepareRequest, out: Path, open_engine: Callable, show_pro
             limit_documents=request.limit_documents,
             on_bad_record=request.on_bad_record,
         )
+        del tokenizer  # a large vocabulary takes half a gigabyte, which the work itself may need
         total = sum(unit.input_bytes for _, planned in plans for unit in planned)
         with contextlib.ExitStack() as stack:
             progress = stack.enter_context(contextlib.closing(Progress(total, show=show_progress)))
