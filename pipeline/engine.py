@@ -114,7 +114,11 @@ def compute_dtype(config: dict[str, Any]) -> torch.dtype:
 
 
 def init_distributed(*, timeout_seconds: int = 1800) -> None:
-    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; alone if they are not set."""
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; alone if they are not set.
+
+    Raises:
+        UserError: another process listens on MASTER_PORT.
+    """
     deepspeed = import_deepspeed()
     for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, alone)
@@ -125,12 +129,20 @@ def init_distributed(*, timeout_seconds: int = 1800) -> None:
         local_ranks = ranks_on_this_machine()
         if "OMP_NUM_THREADS" not in os.environ or local_ranks > 1:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']} is taken, perhaps by another job on this machine: give this one a port "
+            "of its own, such as --master_port 29501"
+        ) from error
 
 
 def ranks_on_this_machine() -> int:

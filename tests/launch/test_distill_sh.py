@@ -1,6 +1,7 @@
 """The launch script in each way that people start it."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,14 @@ def test_launcher_options_behind_the_script_are_explained(tmp_path):
 def test_launcher_options_with_a_wrong_value_are_refused(words, message, tmp_path):
     process = start(["bash", SCRIPT, "--recipe", "demo", *words], cwd=tmp_path)
     assert process.returncode == 2 and message in process.stderr and "Traceback" not in process.stderr
+
+
+def test_a_port_that_is_taken_is_named(small_run, tmp_path):
+    with socket.create_server(("", 0)) as other_job:
+        port = other_job.getsockname()[1]
+        command = ["bash", SCRIPT, "--num_gpus=1", f"--master_port={port}", "--recipe", "demo", *small_run]
+        process = start([*command, f"run.output={tmp_path / 'run'}"], cwd=tmp_path)
+    assert process.returncode == 2 and f"port {port} is taken" in process.stderr, process.stderr
 
 
 def test_a_python_without_the_packages_is_named(tmp_path):
