@@ -93,17 +93,22 @@ def test_every_stage_follows_the_same_curve(ranks, distill, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "stage"), [("fp32", 0), ("fp32", 2), ("fp32", 3), ("bf16", 0), ("bf16", 2), ("bf16", 3)]
+    ("precision", "stage"),
+    [("fp32", 0), ("fp32", 2), ("fp32", 3), ("bf16", 0), ("bf16", 2), ("bf16", 3), ("fp16", 2)],
 )
 def test_resuming_is_bit_exact_on_other_stages_too(stage, precision, distill, tmp_path):
-    sections = {"bf16": {"enabled": True}} if precision == "bf16" else {}
-    if sections and stage:
+    sections = {precision: {"enabled": True}} if precision != "fp32" else {}
+    if precision == "bf16" and stage:
         sections["data_types"] = {"grad_accum_dtype": "fp32"}
+    if precision == "fp16":  # a loss scale so large that steps before and after the stop are skipped
+        sections["fp16"] |= {"initial_scale_power": 26, "hysteresis": 1}
     arguments = [ds_config(tmp_path, stage, **sections)]
     distill(tmp_path / "unbroken", *arguments)
     distill(tmp_path / "resumed", *arguments, "--stop-at=3")
     distill(tmp_path / "resumed", *arguments)
     assert losses(tmp_path / "unbroken") == losses(tmp_path / "resumed")
+    skipped = [record["step"] for record in read_metrics(tmp_path / "resumed", "skipped")]
+    assert bool(skipped) == (precision == "fp16") and len(skipped) < 5
     ours, theirs = (read_weights(tmp_path / name / "checkpoints" / "step-00000006") for name in ("unbroken", "resumed"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
