@@ -57,9 +57,14 @@ def choose(teacher: Teacher, *, dtype: torch.dtype, free_bytes: int, world_size:
 
 
 def count_parameters(teacher: Teacher) -> int:
-    """Of the teacher up to its layer; nothing is allocated."""
+    """Of the teacher up to its layer."""
+    return sum(_parameter_sizes(teacher))
+
+
+def _parameter_sizes(teacher: Teacher) -> list[int]:
+    """Of each parameter up to the teacher's layer; nothing is allocated."""
     with torch.device("meta"):
-        return sum(p.numel() for p in _empty_backbone(teacher).parameters())
+        return [p.numel() for p in _empty_backbone(teacher).parameters()]
 
 
 def free_bytes(local_ranks: int) -> int:
@@ -122,7 +127,15 @@ def _zero3_config(teacher: Teacher, kind: str, ds_config: dict[str, Any]) -> dic
         # A folder of its own: DeepSpeed names files by a parameter's number, and the student's may lie there too.
         folder = Path(teacher.nvme_path) / "teacher"
         folder.mkdir(exist_ok=True)
-        zero["offload_param"] = {"device": "nvme", "nvme_path": str(folder)}
+        # Its buffers hold a rank's share of one parameter each; what DeepSpeed takes by default is too small for the
+        # embeddings of a large vocabulary, and too much for other teachers.
+        share = -(-max(_parameter_sizes(teacher)) // dist.get_world_size())
+        zero["offload_param"] = {
+            "device": "nvme",
+            "nvme_path": str(folder),
+            "buffer_size": share + 1024,
+            "buffer_count": 3,
+        }
     precision = {name: ds_config[name] for name in ("bf16", "fp16") if name in ds_config}
     return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "steps_per_print": 1 << 62, **precision}
 

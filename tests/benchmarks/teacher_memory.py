@@ -23,7 +23,7 @@ import gc, os, sys, torch, psutil
 from pipeline import engine
 from pipeline.config import Teacher
 from pipeline.placement import Placement, start_teacher
-kind, model, layer = sys.argv[1:4]
+kind, model, layer, nvme = sys.argv[1:5]
 engine.init_distributed()
 def private():
     gc.collect()
@@ -31,7 +31,8 @@ def private():
     return psutil.Process().memory_full_info().uss
 before = private()
 settings = {"bf16": {"enabled": True}}
-teacher = start_teacher(Teacher(model=model, layer=int(layer)), Placement(kind=kind, reason=""), settings)
+where = Placement(kind=kind, reason="")
+teacher = start_teacher(Teacher(model=model, layer=int(layer), nvme_path=nvme), where, settings)
 held = private() - before
 ids = torch.randint(1000, 20000, (1, 64))
 with torch.no_grad():
@@ -56,13 +57,13 @@ def save_teacher(folder: Path, size: dict[str, int]) -> int:
     return model.num_parameters()
 
 
-def measure(kind: str, model: Path, layer: int, ranks: int) -> tuple[float, float]:
+def measure(kind: str, model: Path, layer: int, ranks: int, nvme: Path | None) -> tuple[float, float]:
     """MiB a rank: after loading, and after a forward pass; the largest over the ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [Path(sys.executable).parent / "torchrun", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-    command += ["--no-python", sys.executable, "-c", RANK, kind, model, layer]
+    command += ["--no-python", sys.executable, "-c", RANK, kind, model, layer, nvme]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     if result.returncode:
@@ -74,15 +75,18 @@ def measure(kind: str, model: Path, layer: int, ranks: int) -> tuple[float, floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true", help="1 B parameters as well; 4 ranks need 16 GiB")
+    parser.add_argument("--nvme", type=Path, help="a folder on a fast disk: that placement as well (libaio-dev)")
     arguments = parser.parse_args()
+    cases = [("replica", 1), ("zero3", 1), ("zero3", 2), ("zero3", 4), ("zero3_cpu", 2)]
+    cases += [("zero3_nvme", 1), ("zero3_nvme", 2)] if arguments.nvme else []
     print("| teacher | placement | ranks | MiB a rank, loaded | after a forward pass | replica would be |")
     print("|---|---|---|---|---|---|")
     for name in ["0.3 B", *(["1.0 B"] if arguments.large else [])]:
         with tempfile.TemporaryDirectory() as scratch:
             parameters = save_teacher(Path(scratch), SIZES[name])
             layer = json.loads((Path(scratch) / "config.json").read_text())["num_hidden_layers"]
-            for kind, ranks in (("replica", 1), ("zero3", 1), ("zero3", 2), ("zero3", 4), ("zero3_cpu", 2)):
-                held, after = measure(kind, Path(scratch), layer, ranks)
+            for kind, ranks in cases:
+                held, after = measure(kind, Path(scratch), layer, ranks, arguments.nvme)
                 expected = parameters * 2 / 2**20
                 print(f"| {name} | {kind} | {ranks} | {held:,.0f} | {after:,.0f} | {expected:,.0f} |", flush=True)
 
