@@ -61,6 +61,7 @@ def test_launcher_options_with_a_wrong_value_are_refused(words, message, tmp_pat
     assert process.returncode == 2 and message in process.stderr and "Traceback" not in process.stderr
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_named(small_run, tmp_path):
     with socket.create_server(("", 0)) as other_job:
         port = other_job.getsockname()[1]
