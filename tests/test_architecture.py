@@ -16,7 +16,7 @@ OWNERS = {
     "sentencepiece": {"data_prep/tokenizer.py"},
     "tokenizers": {"data_prep/tokenizer.py"},
     "tokie": {"data_prep/tokenizer.py"},
-    "ray": {"data_prep/prepare.py"},
+    "ray": {"data_prep/engines.py"},
     "triton": {"pipeline/relation_kernel.py"},
 }
 

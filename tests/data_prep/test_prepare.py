@@ -14,8 +14,8 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
+from data_prep import engines, sources
 from data_prep import prepare as prepare_module
-from data_prep import sources
 from data_prep.errors import UserError
 from data_prep.prepare import PrepareRequest, prepare
 from data_prep.shards import Corpus
@@ -230,7 +230,7 @@ def test_one_compressed_file_keeps_two_workers_busy(samples, small_jsonl, tmp_pa
     path.write_bytes(lzma.compress(small_jsonl[0].read_bytes()))
     meeting = threading.Barrier(2, timeout=60)
 
-    class TwoAtOnce(prepare_module.InlineEngine):
+    class TwoAtOnce(engines.InlineEngine):
         slots = 2
 
         def __init__(self):
@@ -249,7 +249,7 @@ def test_one_compressed_file_keeps_two_workers_busy(samples, small_jsonl, tmp_pa
             self.pool.shutdown()
 
     engine = TwoAtOnce()
-    monkeypatch.setattr(prepare_module, "_open_engine", lambda *_: engine)
+    monkeypatch.setattr(prepare_module, "open_engine", lambda *_: engine)
     corpus = prepare(request_for(samples, path), tmp_path / "c", show_progress=False)
     assert engine.meetings > 4 and not meeting.broken
     assert corpus.manifest.counts["one"]["documents"] == len(small_jsonl[1])
