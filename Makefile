@@ -62,5 +62,5 @@ bench: setup
 	python tests/benchmarks/overheads.py data.corpus=$(RUNS)/bench/corpus
 
 clean:
-	rm -rf build *.egg-info .pytest_cache .ruff_cache runs/demo
+	rm -rf build *.egg-info .pytest_cache .ruff_cache runs/demo runs/bench
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -7,6 +7,7 @@ reader of that format is not used: it cannot change between stage 3 and the othe
 groups the settings of the first, so that norms and biases would start to decay.
 """
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,11 @@ def _read_step(folder: Path, name: str) -> float:
     """Adam's step: beside each parameter at stages 1 and 2, in the common state at stage 3."""
     if (folder / name / "step.pt").is_file():
         return float(torch.load(folder / name / "step.pt", map_location="cpu", weights_only=True))
+    return _common_step(folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _common_step(folder: Path) -> float:
     common = torch.load(folder / "optimizer_state.pt", map_location="cpu", weights_only=False)
     return float(common["optimizer_state_dict"]["state"][0]["step"])
 

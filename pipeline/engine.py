@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from data_prep.errors import UserError
-from pipeline.config import Optimizer, Recipe, Teacher
+from pipeline.config import Optimizer, Recipe
 from pipeline.operators import cpu_adam, import_deepspeed, load_async_io
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
@@ -72,7 +72,7 @@ def merge(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> dict
         raise UserError(
             "DeepSpeed cannot set data_types for bf16 or fp16 at ZeRO stage 0: leave it out, or use stage 1"
         )
-    if _offload(ds_config, "optimizer") == "nvme":
+    if offload(ds_config, "optimizer")["device"] == "nvme":
         raise UserError(
             "zero_optimization.offload_optimizer.device = nvme is not supported: DeepSpeed's checkpoints of such a run "
             'lack the step of Adam and all small weights, so it could not resume. Use "cpu" (offload_param may be nvme)'
@@ -96,9 +96,9 @@ def merge(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> dict
     }
 
 
-def _offload(config: dict[str, Any], what: str) -> str:
-    """Where the student's "optimizer" or "param" is offloaded to: none, cpu or nvme."""
-    return (config.get("zero_optimization", {}).get(f"offload_{what}") or {}).get("device", "none")
+def offload(config: dict[str, Any], what: str) -> dict[str, Any]:
+    """How the student's "optimizer" or "param" is offloaded: `device` (none, cpu or nvme), `nvme_path` and so on."""
+    return {"device": "none", **(config.get("zero_optimization", {}).get(f"offload_{what}") or {})}
 
 
 def zero_stage(config: dict[str, Any]) -> int:
@@ -187,7 +187,7 @@ def start_student(model: torch.nn.Module, options: Optimizer, config: dict[str, 
     Returns:
         deepspeed.DeepSpeedEngine
     """
-    if _offload(config, "param") == "nvme":
+    if offload(config, "param")["device"] == "nvme":
         load_async_io()
     if "activation_checkpointing" in config:
         model.backbone.gradient_checkpointing_enable()
@@ -241,23 +241,11 @@ def _discard_gradients(student) -> None:
 
 def _adamw(groups: list[dict[str, Any]], options: Optimizer, config: dict[str, Any]) -> torch.optim.Optimizer:
     arguments = dict(lr=options.peak_lr, betas=options.betas, eps=options.eps)
-    offloads = _offload(config, "optimizer") != "none"
+    offloads = offload(config, "optimizer")["device"] != "none"
     if offloads and config.get("zero_force_ds_cpu_optimizer", True):
         return cpu_adam()(groups, adamw_mode=True, **arguments)
     # torch's own AdamW needs no compiler; its fused form is as fast on a GPU as DeepSpeed's compiled one.
     return torch.optim.AdamW(groups, fused=torch.cuda.is_available() and not offloads, **arguments)
-
-
-def nvme_folders(config: dict[str, Any], teacher: Teacher) -> dict[str, str | None]:
-    """The folders that hold weights during a run, by the key that names each."""
-    folders = {}
-    if _offload(config, "param") == "nvme":
-        folders["zero_optimization.offload_param.nvme_path"] = config["zero_optimization"]["offload_param"].get(
-            "nvme_path"
-        )
-    if teacher.placement == "zero3_nvme":
-        folders["teacher.nvme_path"] = teacher.nvme_path
-    return folders
 
 
 def start_monitor(config: dict[str, Any], output: Path, summary: str):

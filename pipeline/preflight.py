@@ -94,7 +94,12 @@ def check_against_teacher(recipe: Recipe, *, layers: int, hidden: int, positions
 
 
 def _check_nvme(recipe: Recipe, ds_config: dict[str, Any]) -> None:
-    folders = engine.nvme_folders(ds_config, recipe.teacher)
+    """Refuse weights on NVMe without a folder for them, or without what reads them."""
+    student, teacher, folders = engine.offload(ds_config, "param"), recipe.teacher, {}
+    if student["device"] == "nvme":
+        folders["zero_optimization.offload_param.nvme_path"] = student.get("nvme_path")
+    if teacher.placement == "zero3_nvme":
+        folders["teacher.nvme_path"] = teacher.nvme_path
     for key, folder in folders.items():
         if not folder or not Path(folder).is_dir():
             raise UserError(f"{key} = {folder!r}: expected a folder that exists, on a fast local disk")

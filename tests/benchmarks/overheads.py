@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import defaultdict
 
-from pipeline import checkpoint, engine, preflight
+from pipeline import checkpoint, engine, preflight, run_folder
 from pipeline.config import load_recipe
 from pipeline.trainer import Distillation
 
@@ -52,7 +52,7 @@ def main() -> None:
         for owner, name in ((run, "_take_step"), (run, "_log_step"), (run, "save"), (run.student, "save_checkpoint")):
             timed(owner, name, seconds)
         run.train()
-        newest = checkpoint.read_record(run.output / "checkpoints" / checkpoint.tag_of(STEPS))
+        newest = checkpoint.read_record(run.output / run_folder.CHECKPOINTS / checkpoint.tag_of(STEPS))
         run.close()
     step, log, save, written = (
         statistics.median(seconds[name]) for name in ("_take_step", "_log_step", "save", "save_checkpoint")

@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--nvme", type=Path, help="a folder on a fast disk: that placement as well (libaio-dev)")
     arguments = parser.parse_args()
     cases = [("replica", 1), ("zero3", 1), ("zero3", 2), ("zero3", 4), ("zero3_cpu", 2)]
-    cases += [("zero3_nvme", 1), ("zero3_nvme", 2)] if arguments.nvme else []
+    cases += [("zero3_nvme", 1), ("zero3_nvme", 2), ("zero3_nvme", 4)] if arguments.nvme else []
     print("| teacher | placement | ranks | MiB a rank, loaded | after a forward pass | replica would be |")
     print("|---|---|---|---|---|---|")
     for name in ["0.3 B", *(["1.0 B"] if arguments.large else [])]:
