@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"0.3 B": dict(hidden_size=1024, num_hidden_layers=24), "1.0 B": dict(hidden_size=1792, num_hidden_layers=25)}
 RANK = """
-import gc, os, sys, torch, psutil
+import gc, json, os, sys, torch, psutil
 from pipeline import engine
 from pipeline.config import Teacher
 from pipeline.placement import Placement, start_teacher
@@ -38,8 +38,10 @@ ids = torch.randint(1000, 20000, (1, 64))
 with torch.no_grad():
     teacher(input_ids=ids)
 after = private() - before
-print("MEASURED", held / 2**20, after / 2**20, flush=True)
-torch.distributed.barrier()
+rows = [None] * torch.distributed.get_world_size()
+torch.distributed.all_gather_object(rows, [held / 2**20, after / 2**20])
+if torch.distributed.get_rank() == 0:
+    print("MEASURED", json.dumps([max(column) for column in zip(*rows)]), flush=True)
 torch.distributed.destroy_process_group()
 """
 
@@ -68,8 +70,8 @@ def measure(kind: str, model: Path, layer: int, ranks: int, nvme: Path | None) -
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     if result.returncode:
         sys.exit(result.stderr[-3000:])
-    rows = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("MEASURED")]
-    return max(float(row[0]) for row in rows), max(float(row[1]) for row in rows)
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("MEASURED")]
+    return tuple(json.loads(line.removeprefix("MEASURED")))
 
 
 def main() -> None:

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pipeline.placement import choose, count_parameters, weight_files
 
 RANKS = textwrap.dedent(
     """
-    import sys, torch
+    import json, sys, torch
     from pipeline import engine
     from pipeline.config import Teacher
     from pipeline.placement import Placement, start_teacher
@@ -29,8 +30,10 @@ RANKS = textwrap.dedent(
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs)), kind
     held = sum(p.ds_tensor.numel() for p in parted.module.parameters())
     whole = sum(p.numel() for p in replica.parameters())
-    print("held", held / whole, flush=True)
-    torch.distributed.barrier()
+    shares = [None, None]
+    torch.distributed.all_gather_object(shares, held / whole)
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps({"held": shares}), flush=True)
     torch.distributed.destroy_process_group()
     """
 )
@@ -44,8 +47,8 @@ def test_partitioned_teacher_gives_the_replicas_projections(kind, samples, port)
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     process = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr[-4000:]
-    shares = [float(line.split()[1]) for line in process.stdout.splitlines() if line.startswith("held")]
-    assert len(shares) == 2 and all(0.49 < share < 0.56 for share in shares)
+    (line,) = [line for line in process.stdout.splitlines() if '"held"' in line]
+    assert all(0.49 < share < 0.56 for share in json.loads(line)["held"])
 
 
 def test_auto_decides_by_memory_and_says_why(samples):
