@@ -2,19 +2,35 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
 def write(path: Path, content: str | bytes) -> None:
     """Put `content` (text as UTF-8) at `path`, replacing what was there; a crash leaves the old file or the new one."""
+    write_chunks(path, [content.encode() if isinstance(content, str) else content])
+
+
+def write_chunks(path: Path, chunks: Iterable, *, aside: str = "", flush_folder: bool = True) -> None:
+    """The same for content that comes in pieces of bytes.
+
+    Args:
+        aside: part of the name it is written under first, for several processes that may write the same file.
+        flush_folder: False where a later write to the same folder flushes it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as handle:
-        handle.write(content.encode() if isinstance(content, str) else content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
+    partial = path.with_name(f"{path.name}{aside}.partial")
+    try:
+        with partial.open("wb") as handle:
+            for chunk in chunks:
+                handle.write(chunk)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    if flush_folder:
+        sync_folder(path.parent)
 
 
 def sync_file(path: Path) -> None:

@@ -21,13 +21,12 @@ RAY_RETRIES = 5
 
 
 def open_engine(name: str, workers: int | None, ray_address: str | None):
-    if workers is not None and workers < 1:
-        raise UserError(f"{workers} workers: expected at least 1.")
+    if workers is not None and workers < 0:
+        raise UserError(f"{workers} workers: expected at least 1, or 0 to work in the process itself.")
     if name == "ray":
         return RayEngine(workers, ray_address)
     if name == "local":
-        count = workers or len(os.sched_getaffinity(0))
-        return InlineEngine() if count == 1 else LocalEngine(count)
+        return InlineEngine() if workers == 0 else LocalEngine(workers or len(os.sched_getaffinity(0)))
     raise UserError(f"engine {name!r}: expected local or ray.")
 
 

@@ -8,7 +8,6 @@ number of workers nor an interruption can show in the result.
 
 import functools
 import json
-import os
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -22,24 +21,9 @@ from data_prep.shards import COPY_BYTES, ShardInfo, ShardWriter
 SPLITS = ("train", "validation")
 
 
-def publish(path: Path, chunks: Iterable, *, sync_folder: bool = True) -> None:
-    """Writes a file aside under a name of its own, flushes it to the disk and renames it.
-
-    The name is unique because a worker that outlived a killed run may still be writing the same part.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    if sync_folder:
-        durable.sync_folder(path.parent)
+def publish(path: Path, chunks: Iterable, *, flush_folder: bool = True) -> None:
+    """Writes a file that a worker which outlived a killed run may be writing too: each under a name of its own."""
+    durable.write_chunks(path, chunks, aside=f".{uuid.uuid4().hex}", flush_folder=flush_folder)
 
 
 @dataclass(frozen=True)
@@ -72,8 +56,8 @@ class Part:
         for split in SPLITS:
             if tokens[split]:
                 chunks = (np.ascontiguousarray(ids).data for ids in tokens[split])
-                publish(self.tokens_file(split), chunks, sync_folder=False)
-        publish(self._file("lengths"), [np.asarray(signed_lengths, dtype="<i4").tobytes()], sync_folder=False)
+                publish(self.tokens_file(split), chunks, flush_folder=False)
+        publish(self._file("lengths"), [np.asarray(signed_lengths, dtype="<i4").tobytes()], flush_folder=False)
         publish(self._file("json"), [json.dumps(record).encode()])
 
     def drop_tokens(self) -> None:

@@ -40,7 +40,7 @@ def prepare(
     Args:
         request: what to make; an unfinished or finished corpus made from another request is refused.
         out: folder of the corpus.
-        workers: processes (local) or tasks at a time (ray); all cores when None.
+        workers: processes (local; 0: this one) or tasks at a time (ray); all cores when None.
         engine: "local" or "ray".
         ray_address: the Ray cluster to join; a running one, or a new local one, when None.
         show_progress: a bar on a terminal, a line now and then elsewhere.

@@ -18,6 +18,8 @@ import json
 import os
 import struct
 import uuid
+from array import array
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -42,6 +44,7 @@ _DTYPES = {
 }
 UINT16_VOCABULARY_LIMIT = 65_500  # the same bound as Megatron-Core's
 COPY_BYTES = 1 << 20
+INDEX_RUN = 1 << 18
 
 
 def token_dtype(vocabulary_tokens: int) -> str:
@@ -83,14 +86,18 @@ class Manifest:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
-def index_bytes(lengths: np.ndarray, dtype: str) -> bytes:
-    """The .idx file for documents of these lengths (in tokens)."""
-    lengths = np.asarray(lengths, dtype="<i4")
-    offsets = np.zeros(len(lengths), dtype="<i8")
-    np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
-    offsets *= np.dtype(dtype).itemsize
-    header = _HEADER.pack(INDEX_MAGIC, INDEX_VERSION, DTYPE_CODES[dtype], len(lengths), len(lengths) + 1)
-    return b"".join((header, lengths.tobytes(), offsets.tobytes(), np.arange(len(lengths) + 1, dtype="<i8").tobytes()))
+def index_chunks(lengths: np.ndarray, dtype: str) -> Iterator[bytes]:
+    """The .idx file for documents of these lengths (in tokens), in pieces: a shard may hold millions of them."""
+    count, size, tokens = len(lengths), np.dtype(dtype).itemsize, 0
+    yield _HEADER.pack(INDEX_MAGIC, INDEX_VERSION, DTYPE_CODES[dtype], count, count + 1)
+    runs = [lengths[start : start + INDEX_RUN] for start in range(0, count, INDEX_RUN)]
+    yield from (run.astype("<i4", copy=False).tobytes() for run in runs)
+    for run in runs:
+        ends = tokens + np.cumsum(run, dtype="<i8")
+        yield ((ends - run) * size).tobytes()
+        tokens = ends[-1]
+    for start in range(0, count + 1, INDEX_RUN):
+        yield np.arange(start, min(start + INDEX_RUN, count + 1), dtype="<i8").tobytes()
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ class ShardWriter:
     def __init__(self, folder: Path, path: str, *, dtype: str, split: str, source: str, language: str = ""):
         self._base, self._path, self._dtype = folder / path, path, dtype
         self._labels = {"split": split, "source": source, "language": language}
-        self._lengths: list[np.ndarray] = []
+        self._lengths = array("i")
         self._digest = hashlib.sha256()
         self._bytes = 0
         self._base.parent.mkdir(parents=True, exist_ok=True)
@@ -155,17 +162,15 @@ class ShardWriter:
         self._file.write(data)
         self._digest.update(data)
         self._bytes += memoryview(data).nbytes
-        if len(lengths):
-            self._lengths.append(np.asarray(lengths, dtype=np.int32))
+        self._lengths.frombytes(np.asarray(lengths, dtype=np.int32).tobytes())
 
     def close(self) -> ShardInfo:
         """Flushes to the disk, renames, and describes the shard."""
         with self._file as file:
             file.flush()
             os.fsync(file.fileno())
-        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, dtype=np.int32)
-        index = index_bytes(lengths, self._dtype)
-        durable.write(Path(f"{self._base}.idx"), index)
+        lengths, index = np.frombuffer(self._lengths, dtype=np.int32), Path(f"{self._base}.idx")
+        durable.write_chunks(index, index_chunks(lengths, self._dtype))
         self._partial.replace(f"{self._base}.bin")
         durable.sync_folder(self._base.parent)
         return ShardInfo(
@@ -174,7 +179,7 @@ class ShardWriter:
             tokens=int(lengths.sum(dtype=np.int64)),
             bytes=self._bytes,
             bin_sha256=self._digest.hexdigest(),
-            idx_sha256=hashlib.sha256(index).hexdigest(),
+            idx_sha256=durable.sha256(index),
             **self._labels,
         )
 

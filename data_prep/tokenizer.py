@@ -69,19 +69,18 @@ class Encoder:
         self._guard = self._fast and Guard(self._encode_fast, self._encode_by_reference, self._added_tokens)
 
     @classmethod
-    def from_json(cls, canonical: str, mode: str = "auto") -> "Encoder":
-        """From a tokenizer.json without truncation and padding; `mode` "reference" does without tokie."""
-        from tokenizers import Tokenizer as Backend
-
+    def of(cls, reference, canonical: str, mode: str = "auto") -> "Encoder":
+        """Args:
+        reference: a `tokenizers.Tokenizer` without truncation and padding.
+        canonical: its tokenizer.json.
+        mode: "auto", or "reference" to do without tokie.
+        """
         settings = json.loads(canonical)
         added = [token["content"] for token in settings.get("added_tokens", ())]
-        plain = cls(Backend.from_str(canonical), None, added, None)
-        return cls(
-            plain._reference,
-            _read_fast(canonical) if mode == "auto" else None,
-            added,
-            find_seams(settings, lambda texts: plain.encode_flat(texts)[0]),
-        )
+        settings.pop("model")  # a large vocabulary: tens of megabytes as Python objects
+        plain = cls(reference, None, added, None)
+        fast = _read_fast(canonical) if mode == "auto" else None
+        return cls(reference, fast, added, find_seams(settings, lambda texts: plain.encode_flat(texts)[0]))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Encoder":
@@ -247,8 +246,11 @@ class Tokenizer:
         """Wraps a fast `transformers` tokenizer; `encoder` is "auto", or "reference" to do without tokie."""
         self._mode = encoder
         self._hub_tokenizer = hub_tokenizer
-        settings = json.loads(hub_tokenizer.backend_tokenizer.to_str())
-        settings["truncation"] = settings["padding"] = None
+        self._reference = hub_tokenizer.backend_tokenizer
+        self._truncation, self._padding = self._reference.truncation, self._reference.padding
+        self._reference.no_truncation()
+        self._reference.no_padding()
+        settings = json.loads(self._reference.to_str())
         canonical = json.dumps(settings, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         self._canonical = canonical
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
@@ -281,7 +283,7 @@ class Tokenizer:
     @functools.cached_property
     def encoder(self) -> Encoder:
         """What does the encoding; made at the first use."""
-        return Encoder.from_json(self._canonical, self._mode)
+        return Encoder.of(self._reference, self._canonical, self._mode)
 
     def _special(self, *roles: str) -> int:
         for role in roles:
@@ -300,5 +302,13 @@ class Tokenizer:
         return self.encoder.decode(ids)
 
     def save(self, folder: Path) -> None:
-        """Writes a complete Hugging Face tokenizer folder."""
-        self._hub_tokenizer.save_pretrained(str(folder))
+        """Writes a complete Hugging Face tokenizer folder, truncation and padding as they were."""
+        if self._truncation:
+            self._reference.enable_truncation(**self._truncation)
+        if self._padding:
+            self._reference.enable_padding(**self._padding)
+        try:
+            self._hub_tokenizer.save_pretrained(str(folder))
+        finally:
+            self._reference.no_truncation()
+            self._reference.no_padding()

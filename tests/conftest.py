@@ -66,7 +66,7 @@ def corpus_folder(samples: Samples, tmp_path_factory: pytest.TempPathFactory) ->
     request = PrepareRequest(
         tokenizer=str(samples.teacher), sources=(source,), validation_fraction=0.1, limit_documents=600
     )
-    prepare(request, folder, workers=1, show_progress=False)
+    prepare(request, folder, workers=0, show_progress=False)
     return folder
 
 

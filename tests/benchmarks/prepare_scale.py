@@ -1,6 +1,6 @@
 """Whether cost grows linearly and memory stays flat: 1x, 4x and 16x the text through `minilm prepare`.
 
-    python tests/benchmarks/prepare_scale.py --text leads-en.jsonl --tokenizer DIR [--megabytes 8] [--compress xz]
+    python tests/benchmarks/prepare_scale.py --text leads-en.jsonl --tokenizer DIR [--megabytes 64] [--compress xz]
 
 With `--compress` the input is one compressed file that cannot be split: one thread decompresses, the workers encode.
 """
@@ -10,6 +10,8 @@ import bz2
 import gzip
 import lzma
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -70,12 +72,23 @@ def run(tokenizer: str, text: Path, folder: Path) -> tuple[float, float, int]:
     return time.perf_counter() - start, processor, max(peaks.values())
 
 
+def measure(tokenizer: str, text: Path, folder: Path, rounds: int) -> tuple[float, float, int]:
+    """Medians of several runs, and the largest peak."""
+    walls, processors, peaks = [], [], []
+    for _ in range(rounds):
+        shutil.rmtree(folder / "corpus", ignore_errors=True)
+        for figures, figure in zip((walls, processors, peaks), run(tokenizer, text, folder), strict=True):
+            figures.append(figure)
+    return statistics.median(walls), statistics.median(processors), max(peaks)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--megabytes", type=float, default=8)
+    parser.add_argument("--megabytes", type=float, default=64)
     parser.add_argument("--compress", choices=OPENERS)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     print("| text MB | wall s | processor s | more text: MB/s wall | MB a processor second | worker's peak MB |")
     print("|---|---|---|---|---|---|")
@@ -90,7 +103,7 @@ def main() -> None:
                 with OPENERS[options.compress](packed, "wb") as file:
                     file.write(text.read_bytes())
                 text = packed
-            wall, processor, peak = run(options.tokenizer, text, folder)
+            wall, processor, peak = measure(options.tokenizer, text, folder, options.rounds)
         steady = ("-", "-")
         if earlier:
             more = megabytes - earlier[0]

@@ -52,7 +52,7 @@ def documents_of(corpus, split):
 
 def test_every_document_arrives_in_order_with_the_teachers_ids(samples, small_jsonl, tmp_path):
     path, texts = small_jsonl
-    corpus = prepare(request_for(samples, path), tmp_path / "c", workers=1, show_progress=False)
+    corpus = prepare(request_for(samples, path), tmp_path / "c", workers=0, show_progress=False)
     reference = AutoTokenizer.from_pretrained(samples.teacher)
     expected = [ids + [reference.sep_token_id] for ids in reference(texts, add_special_tokens=False)["input_ids"]]
     assert list(documents_of(corpus, "train")) == expected
@@ -63,39 +63,39 @@ def test_every_document_arrives_in_order_with_the_teachers_ids(samples, small_js
 def test_workers_do_not_change_a_byte(samples, small_jsonl, tmp_path):
     path, _ = small_jsonl
     request = request_for(samples, path, validation_fraction=0.1)
-    for workers in (1, 3):
+    for workers in (0, 1, 3):
         prepare(request, tmp_path / str(workers), workers=workers, show_progress=False)
     assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
 
 
 def test_another_request_into_the_same_folder_is_refused(samples, small_jsonl, tmp_path):
     path, _ = small_jsonl
-    prepare(request_for(samples, path), tmp_path / "c", workers=1, show_progress=False)
+    prepare(request_for(samples, path), tmp_path / "c", workers=0, show_progress=False)
     before = files_of(tmp_path / "c")
     with pytest.raises(UserError, match="min_tokens"):
-        prepare(request_for(samples, path, min_tokens=5), tmp_path / "c", workers=1, show_progress=False)
-    prepare(request_for(samples, path), tmp_path / "c", workers=1, show_progress=False)
+        prepare(request_for(samples, path, min_tokens=5), tmp_path / "c", workers=0, show_progress=False)
+    prepare(request_for(samples, path), tmp_path / "c", workers=0, show_progress=False)
     assert files_of(tmp_path / "c") == before
 
 
 def test_validation_split_is_decided_by_the_text(samples, small_jsonl, tmp_path):
     path, texts = small_jsonl
     corpus = prepare(
-        request_for(samples, path, validation_fraction=0.2), tmp_path / "a", workers=1, show_progress=False
+        request_for(samples, path, validation_fraction=0.2), tmp_path / "a", workers=0, show_progress=False
     )
     held_out = list(documents_of(corpus, "validation"))
     assert 0.1 < len(held_out) / len(texts) < 0.3
     shuffled = tmp_path / "shuffled.jsonl"
     shuffled.write_text("\n".join(json.dumps({"text": text}) for text in reversed(texts)) + "\n")
     again = prepare(
-        request_for(samples, shuffled, validation_fraction=0.2), tmp_path / "b", workers=1, show_progress=False
+        request_for(samples, shuffled, validation_fraction=0.2), tmp_path / "b", workers=0, show_progress=False
     )
     assert list(documents_of(again, "validation")) == held_out[::-1]
 
 
 def test_limit_takes_the_first_documents(samples, small_jsonl, tmp_path):
     path, _ = small_jsonl
-    everything = prepare(request_for(samples, path), tmp_path / "all", workers=1, show_progress=False)
+    everything = prepare(request_for(samples, path), tmp_path / "all", workers=0, show_progress=False)
     some = prepare(request_for(samples, path, limit_documents=250), tmp_path / "some", workers=2, show_progress=False)
     assert list(documents_of(some, "train")) == list(documents_of(everything, "train"))[:250]
     assert some.manifest.counts["small"]["documents"] == 250
@@ -108,14 +108,14 @@ def stopped_run(samples, small_jsonl, tmp_path):
     request = request_for(samples, path)
     line = len(small_jsonl[1]) + 1
     with pytest.raises(UserError, match=rf"bad record in {path}, line {line} .*--on-bad-record skip"):
-        prepare(request, tmp_path / "c", workers=1, show_progress=False)
+        prepare(request, tmp_path / "c", workers=0, show_progress=False)
     return path, request
 
 
 def test_a_bad_record_stops_or_is_counted(samples, small_jsonl, tmp_path):
     path, _ = stopped_run(samples, small_jsonl, tmp_path)
     with pytest.raises(UserError, match="another request .*on_bad_record"):
-        prepare(request_for(samples, path, on_bad_record="skip"), tmp_path / "c", workers=1, show_progress=False)
+        prepare(request_for(samples, path, on_bad_record="skip"), tmp_path / "c", workers=0, show_progress=False)
     corpus = prepare(request_for(samples, path, on_bad_record="skip"), tmp_path / "d", workers=2, show_progress=False)
     assert corpus.manifest.counts["bad"]["bad_records"] == 1
     assert corpus.manifest.counts["bad"]["documents"] == len(small_jsonl[1])
@@ -127,10 +127,10 @@ def test_a_changed_input_or_tokenizer_is_refused_in_an_unfinished_folder(
     path, request = stopped_run(samples, small_jsonl, tmp_path)
     other = dataclasses.replace(request, tokenizer=str(byte_level_teacher))
     with pytest.raises(UserError, match="another request .*fingerprint"):
-        prepare(other, tmp_path / "c", workers=1, show_progress=False)
+        prepare(other, tmp_path / "c", workers=0, show_progress=False)
     path.write_text(small_jsonl[0].read_text())
     with pytest.raises(UserError, match="another request .*inputs"):
-        prepare(request, tmp_path / "c", workers=1, show_progress=False)
+        prepare(request, tmp_path / "c", workers=0, show_progress=False)
 
 
 def test_a_second_run_in_the_same_folder_is_refused(samples, small_jsonl, tmp_path):
@@ -138,7 +138,7 @@ def test_a_second_run_in_the_same_folder_is_refused(samples, small_jsonl, tmp_pa
     with (tmp_path / "c" / ".work" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another `minilm prepare` is writing"):
-            prepare(request, tmp_path / "c", workers=1, show_progress=False)
+            prepare(request, tmp_path / "c", workers=0, show_progress=False)
 
 
 def test_a_file_that_vanishes_is_named(tmp_path):
@@ -172,9 +172,9 @@ def test_many_sources_of_every_kind_in_one_call(samples, small_jsonl, tmp_path):
         shard_bytes=40_000,
         min_tokens=2,
     )
-    for workers in (1, 2):
+    for workers in (0, 2):
         corpus = prepare(request, tmp_path / f"c{workers}", workers=workers, show_progress=False)
-    assert files_of(tmp_path / "c1") == files_of(tmp_path / "c2")
+    assert files_of(tmp_path / "c0") == files_of(tmp_path / "c2")
     languages = {shard.source: shard.language for shard in corpus.manifest.shards}
     assert languages == {"cc100-sw": "sw", "cc100-de": "de", "bookcorpus": "", "p": "en"}
     documents = {name: counts["documents"] for name, counts in corpus.manifest.counts.items()}
@@ -184,7 +184,7 @@ def test_many_sources_of_every_kind_in_one_call(samples, small_jsonl, tmp_path):
 
 def test_short_documents_are_dropped_and_counted(samples, small_jsonl, tmp_path):
     path, texts = small_jsonl
-    corpus = prepare(request_for(samples, path, min_tokens=100), tmp_path / "c", workers=1, show_progress=False)
+    corpus = prepare(request_for(samples, path, min_tokens=100), tmp_path / "c", workers=0, show_progress=False)
     counts = corpus.manifest.counts["small"]
     assert min(map(len, documents_of(corpus, "train"))) == 101
     assert counts["documents"] + counts["dropped_short"] == counts["documents_read"] == len(texts)
@@ -192,7 +192,7 @@ def test_short_documents_are_dropped_and_counted(samples, small_jsonl, tmp_path)
 
 def test_the_manifest_says_who_encoded_what(samples, small_jsonl, tmp_path):
     path, texts = small_jsonl
-    corpus = prepare(request_for(samples, path), tmp_path / "c", workers=1, show_progress=False)
+    corpus = prepare(request_for(samples, path), tmp_path / "c", workers=0, show_progress=False)
     counts, encoder = corpus.manifest.counts["small"], corpus.manifest.tokenizer["encoder"]
     assert counts["fast_encoded"] + counts["reference_encoded"] == len(texts)
     assert counts["encoded_twice"] > 0
@@ -213,7 +213,7 @@ def test_the_manifest_says_who_encoded_what(samples, small_jsonl, tmp_path):
 def test_requests_out_of_range(samples, options, message, tmp_path):
     request = dataclasses.replace(request_for(samples, "nowhere.jsonl"), **options)
     with pytest.raises(UserError, match=message):
-        prepare(request, tmp_path / "c", workers=1, show_progress=False)
+        prepare(request, tmp_path / "c", workers=0, show_progress=False)
     with pytest.raises(UserError, match="expected local or ray"):
         prepare(request_for(samples, __file__), tmp_path / "c", engine="dask", show_progress=False)
 
@@ -257,11 +257,11 @@ def test_one_compressed_file_keeps_two_workers_busy(samples, small_jsonl, tmp_pa
 
 def test_progress_is_plain_lines_in_a_log_and_a_bar_on_a_terminal(samples, small_jsonl, tmp_path, monkeypatch, capsys):
     path, texts = small_jsonl
-    prepare(request_for(samples, path), tmp_path / "c", workers=1)
+    prepare(request_for(samples, path), tmp_path / "c", workers=0)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "\r" not in lines[0]
     assert re.search(rf"prepare: +100\.0%, [\d.]+ MB/s text, {len(texts)} documents, [\d,]+ tokens, 0 s left", lines[0])
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    prepare(request_for(samples, path), tmp_path / "d", workers=1)
+    prepare(request_for(samples, path), tmp_path / "d", workers=0)
     bar = capsys.readouterr().err
     assert "\r" in bar and "100%" in bar and f"{len(texts)} documents" in bar and "MB/s text" in bar

@@ -63,7 +63,7 @@ def test_a_node_dies_midway_and_the_result_is_the_same(cluster, request_, tmp_pa
         killed.set()
         killer.join()
     assert was_killed
-    prepare(request_, tmp_path / "local", workers=1, show_progress=False)
+    prepare(request_, tmp_path / "local", workers=0, show_progress=False)
     assert files_of(out) == files_of(tmp_path / "local")
 
 

@@ -70,7 +70,7 @@ def test_sizes_that_are_none(text):
 
 
 def test_inspect_shows_a_table_samples_checksums_and_a_picture(corpus_file, tmp_path):
-    corpus = prepare(request_from(corpus_file, []), tmp_path / "c", workers=1, show_progress=False)
+    corpus = prepare(request_from(corpus_file, []), tmp_path / "c", workers=0, show_progress=False)
     out = io.StringIO()
     report.show(corpus, Console(file=out, width=150), sample=4, verify=True, plot=tmp_path / "c.svg")
     shown = out.getvalue()

@@ -67,7 +67,7 @@ def uninterrupted(samples, inputs, tmp_path_factory):
         unit_bytes=UNIT_BYTES,
         shard_bytes=SHARD_BYTES,
     )
-    prepare(request, out, workers=1, show_progress=False)
+    prepare(request, out, workers=0, show_progress=False)
     return files_of(out)
 
 

@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 
+from data_prep import shards
 from data_prep.errors import UserError
 from data_prep.prepare import PrepareRequest, prepare
 from data_prep.shards import Corpus, ShardWriter, read_index, token_dtype
@@ -28,7 +29,7 @@ def corpus(samples, tmp_path):
     path.write_text("\n".join(samples.leads().read_text().splitlines()[:300]))
     source = Source.parse(f"jsonl,language=en:{path}")
     request = PrepareRequest(tokenizer=str(samples.teacher), sources=(source,), shard_bytes=20_000)
-    return prepare(request, tmp_path / "corpus", workers=1, show_progress=False)
+    return prepare(request, tmp_path / "corpus", workers=0, show_progress=False)
 
 
 @pytest.mark.parametrize("dtype, code, letter", [("uint16", 8, "H"), ("int32", 4, "i")])
@@ -62,6 +63,16 @@ def test_the_index_is_the_one_that_megatron_core_writes(tmp_path):
     )
     write_shard(tmp_path, dtype="int32", documents=[range(n) for n in (3, 1, 400, 9)])
     assert (tmp_path / "train/x/00000.idx").read_bytes() == expected
+
+
+def test_a_long_index_is_written_in_runs_that_join(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "INDEX_RUN", 3)
+    lengths = np.array([5, 1, 2**31 - 1, 7, 1, 1, 2, 9, 4, 3], dtype=np.int32)
+    (tmp_path / "long.idx").write_bytes(b"".join(shards.index_chunks(lengths, "int32")))
+    index = read_index(tmp_path / "long.idx")
+    assert index.lengths.tolist() == lengths.tolist()
+    assert index.offsets_bytes.tolist() == [4 * int(lengths[:number].astype(int).sum()) for number in range(10)]
+    assert index.document_bounds.tolist() == list(range(11))
 
 
 def test_an_index_with_several_sequences_a_document_is_read(tmp_path):

@@ -434,7 +434,7 @@ def test_micro_batches_larger_than_a_reading_task(corpus):
 def test_windows_of_a_real_corpus_join_to_its_text(samples, tmp_path):
     source = Source.parse(f"jsonl:{samples.leads('en')}")
     request = PrepareRequest(tokenizer=str(samples.teacher), sources=(source,), limit_documents=200)
-    corpus = prepare(request, tmp_path / "corpus", workers=1, show_progress=False)
+    corpus = prepare(request, tmp_path / "corpus", workers=0, show_progress=False)
     tokenizer = Tokenizer.load(samples.teacher)
     sample_set = SampleSet(corpus, options(seq_tokens=128))
     places = sample_set.locate(np.arange(int(sample_set.sizes.sum())))

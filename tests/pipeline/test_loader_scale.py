@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.shards import Manifest, ShardInfo, index_bytes
+from data_prep.shards import Manifest, ShardInfo, index_chunks
 
 SHARD_TOKENS, SHARD_DOCUMENTS, SOURCES = 10_000_000, 20_000, 100
 
@@ -42,7 +42,7 @@ print(json.dumps({"times": times, "mb": grown, "files": files, "samples": sample
 
 def write_sparse_corpus(folder: Path, shards: int) -> int:
     """A corpus of `shards` shards of `SHARD_TOKENS` tokens; returns the tokens. Takes next to no disk."""
-    head = index_bytes([], "uint16")[:18] + SHARD_DOCUMENTS.to_bytes(8, "little")
+    head = next(index_chunks([], "uint16"))[:18] + SHARD_DOCUMENTS.to_bytes(8, "little")
     head += (SHARD_DOCUMENTS + 1).to_bytes(8, "little")
     infos = []
     for number in range(shards):

@@ -86,7 +86,7 @@ def test_a_corpus_without_held_out_split_trains_without_that_loss(samples, disti
 
     source = Source.parse(f"jsonl,language=en:{samples.leads('en')}")
     request = PrepareRequest(tokenizer=str(samples.teacher), sources=(source,), limit_documents=100)
-    prepare(request, tmp_path / "corpus", workers=1, show_progress=False)
+    prepare(request, tmp_path / "corpus", workers=0, show_progress=False)
     process = distill(
         tmp_path / "run", f"data.corpus={tmp_path / 'corpus'}", "optimizer.steps=2", "optimizer.warmup_steps=1", ranks=1
     )
