@@ -83,9 +83,10 @@ def _prepare(request: PrepareRequest, out: Path, start_engine: Callable, show_pr
         _refuse_if_different(out, made, state)
         shutil.rmtree(work, ignore_errors=True)
         return corpus
+    expanded = sources.open_tables(expanded)
     work.mkdir(parents=True, exist_ok=True)
     with _locked(work):
-        _claim(out, work, {**state, "inputs": _inputs(expanded)})
+        _claim(out, work, state, _inputs(expanded))
         _remove_partial_files(out)
         plans = [(source, list(sources.plan(source, request.unit_bytes))) for source in expanded]
         tokenizer.save(out / "tokenizer")
@@ -113,10 +114,13 @@ def _prepare(request: PrepareRequest, out: Path, start_engine: Callable, show_pr
     return Corpus.open(out)
 
 
-def _inputs(expanded: list[Source]) -> list[list]:
-    """Names, sizes and times of the input files: units are cut from them, so they must stay as they are."""
+def _inputs(expanded: list[Source]) -> dict[str, list]:
+    """Size and time of each input file, rows and fingerprint of each dataset: units are cut from them, so they must
+    stay as they are.
+    """
+    hub = {source.name: [len(source.table), source.table._fingerprint] for source in expanded if source.kind == "hub"}
     files = sorted({path for source in expanded if source.kind != "hub" for path in source.files})
-    return [[path, (stat := os.stat(path)).st_size, stat.st_mtime_ns] for path in files]
+    return hub | {path: [(stat := os.stat(path)).st_size, stat.st_mtime_ns] for path in files}
 
 
 def _refuse_if_different(out: Path, made: dict, asked: dict) -> None:
@@ -140,12 +144,19 @@ def _flat(value, prefix: str = "") -> dict:
     return {prefix: value}
 
 
-def _claim(out: Path, work: Path, state: dict) -> None:
+def _claim(out: Path, work: Path, state: dict, inputs: dict[str, list]) -> None:
     path = work / "request.json"
-    if path.exists():
-        _refuse_if_different(out, json.loads(path.read_bytes()), state)
-    else:
-        durable.write(path, json.dumps(state, indent=1))
+    if not path.exists():
+        durable.write(path, json.dumps({**state, "inputs": inputs}, indent=1))
+        return
+    made = json.loads(path.read_bytes())
+    before = made.pop("inputs")
+    _refuse_if_different(out, made, state)
+    if changed := sorted(name for name in before.keys() | inputs.keys() if before.get(name) != inputs.get(name)):
+        raise UserError(
+            f"{', '.join(changed[:5])} changed since {out} was begun, and units are cut from what it was. Put it back, "
+            f"or delete {out} and begin anew (`revision=...` keeps a hub dataset as it is)."
+        )
 
 
 @contextlib.contextmanager

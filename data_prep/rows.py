@@ -51,7 +51,7 @@ def parquet_texts(span: Span, field: str) -> Iterator[Any]:
         yield from batch.column(0).to_pylist()
 
 
-def open_dataset(path: str, config: str, split: str, field: str):
+def open_dataset(path: str, config: str, split: str, revision: str, field: str):
     """A hub dataset, a folder of data files, or what `save_to_disk` wrote, memory-mapped."""
     import datasets
 
@@ -60,7 +60,7 @@ def open_dataset(path: str, config: str, split: str, field: str):
             table = datasets.load_from_disk(path)
             table = table[split] if isinstance(table, datasets.DatasetDict) else table
         else:
-            table = datasets.load_dataset(path, config or None, split=split)
+            table = datasets.load_dataset(path, config or None, split=split, revision=revision or None)
     except Exception as error:  # the library raises many kinds for a wrong name, no network and bad files
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

@@ -4,6 +4,7 @@ A unit is cut from the input and the options alone, never from the number of wor
 command always makes the same units and an interrupted run can go on from the finished ones.
 """
 
+import dataclasses
 import glob
 import os
 import re
@@ -33,6 +34,7 @@ _LANGUAGE_OF_FILE = {
 COMPRESSION_RATIO = 4  # of text, roughly: compressed units are planned this much smaller
 BOOK_ROWS = 4096  # sentences a document when BookCorpus has one sentence a row
 BLOCK_BYTES = 1 << 20
+_FILLED = {"files", "table"}  # not the user's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +58,12 @@ class Source:
     """Configuration of a hub dataset, such as "20231101.en"."""
     split: str = "train"
     """Split of a hub dataset."""
+    revision: str = ""
+    """Branch, tag or commit of a hub dataset; its newest commit when empty."""
     files: tuple[str, ...] = ()
     """Filled by `expand`: the files of this source, sorted."""
+    table: object = dataclasses.field(default=None, compare=False, repr=False)
+    """Filled by `open_tables`: the rows of a hub source. Memory-mapped, so it travels to workers as names of files."""
 
     @classmethod
     def parse(cls, text: str) -> "Source":
@@ -74,7 +80,7 @@ class Source:
     @classmethod
     def from_options(cls, options: dict) -> "Source":
         """Checks names and values, as they come from a command line or a TOML table."""
-        known = {item.name for item in fields(cls)} - {"files"}
+        known = {item.name for item in fields(cls)} - _FILLED
         if unknown := sorted(set(options) - known):
             raise UserError(f"source option {', '.join(unknown)} is not known; known are {', '.join(sorted(known))}.")
         if missing := {"kind", "path"} - set(options):
@@ -98,7 +104,7 @@ class Source:
         return {
             item.name: getattr(self, item.name)
             for item in fields(self)
-            if item.name != "files" and getattr(self, item.name) != item.default
+            if item.name not in _FILLED and getattr(self, item.name) != item.default
         }
 
 
@@ -137,6 +143,19 @@ def expand(sources: tuple[Source, ...]) -> list[Source]:
                 f"two sources are called {name!r}: give one of them another name, as in `jsonl,name=...:PATH`."
             )
     return expanded
+
+
+def open_tables(expanded: list[Source]) -> list[Source]:
+    """Opens hub sources, once and for all workers: what is new on the hub meanwhile does not get in.
+
+    Raises:
+        UserError: there is no such dataset, or it has no such column.
+    """
+    return [replace(source, table=_open_table(source)) if source.kind == "hub" else source for source in expanded]
+
+
+def _open_table(source: Source):
+    return rows.open_dataset(source.files[0], source.config, source.split, source.revision, source.field)
 
 
 def _named(source: Source, many_languages: bool = False) -> Source:
@@ -178,7 +197,7 @@ def _find_files(source: Source) -> list[str]:
 
 
 def plan(source: Source, unit_bytes: int) -> Iterator[Unit]:
-    """Cuts an expanded source into units of about `unit_bytes` of text each."""
+    """Cuts a source, expanded and open, into units of about `unit_bytes` of text each."""
     number, spans, total = 0, [], 0
     for span, size, streamed in _spans(source, unit_bytes):
         if streamed or total + size > unit_bytes:
@@ -198,7 +217,7 @@ def plan(source: Source, unit_bytes: int) -> Iterator[Unit]:
 def _spans(source: Source, unit_bytes: int) -> Iterator[tuple[Span, int, bool]]:
     """Spans of at most about `unit_bytes`, their size, and whether one must be read by a single process."""
     if source.kind == "hub":
-        table = _open_dataset(source)
+        table = source.table
         row_bytes = max(1, (table.data.nbytes if table.data is not None else 0) // max(1, len(table)))
         step = max(1, unit_bytes // row_bytes)
         if multiple := _rows_per_document(source):
@@ -254,10 +273,10 @@ def documents(unit: Unit, block: Block | None = None) -> Iterator[str | BadRecor
     if block is not None:
         yield from _parse(unit.source, block)
         return
-    table = _open_dataset(unit.source) if unit.source.kind == "hub" else None
     for span in unit.spans:
-        if table is not None:
-            yield from _rows(unit.source, span, rows.dataset_texts(table, span, unit.source.field), span.start)
+        if unit.source.kind == "hub":
+            texts = rows.dataset_texts(unit.source.table, span, unit.source.field)
+            yield from _rows(unit.source, span, texts, span.start)
         elif span.path.endswith(".parquet"):
             first = rows.first_row(span.path, unit.source.field, span.start)
             yield from _rows(unit.source, span, rows.parquet_texts(span, unit.source.field), first)
@@ -266,10 +285,6 @@ def documents(unit: Unit, block: Block | None = None) -> Iterator[str | BadRecor
         else:
             for piece in formats.span_blocks(span, delimiter, BLOCK_BYTES):
                 yield from _parse(unit.source, piece)
-
-
-def _open_dataset(source: Source):
-    return rows.open_dataset(source.files[0], source.config, source.split, source.field)
 
 
 def _rows(source: Source, span: Span, values: Iterator, first_row: int) -> Iterator[str | BadRecord]:

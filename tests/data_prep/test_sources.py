@@ -22,7 +22,7 @@ COMPRESSORS = {"": lambda data: data, ".gz": gzip.compress, ".bz2": bz2.compress
 def items_of(source, unit_bytes=1 << 20):
     """All documents and bad records of a source, read unit by unit and block by block."""
     found = []
-    for expanded in sources.expand((source,)):
+    for expanded in sources.open_tables(sources.expand((source,))):
         for unit in sources.plan(expanded, unit_bytes):
             if unit.streamed:
                 for block in sources.blocks(unit, unit_bytes):
