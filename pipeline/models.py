@@ -110,7 +110,7 @@ def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     return type(config).from_dict(values)
 
 
-def _load_backbone(model: str, config: PretrainedConfig, dtype: torch.dtype, trust: bool) -> PreTrainedModel:
+def _load_backbone(model: str, config: PretrainedConfig, dtype: torch.dtype | str, trust: bool) -> PreTrainedModel:
     from transformers import AutoModel
     from transformers.utils import logging
 
@@ -204,7 +204,7 @@ def build_student(
         torch.manual_seed(seed)
         encoder = RelationEncoder(AutoModel.from_config(config, dtype=torch.float32, **without_pooler(config)), layers)
     if kind != "random":
-        weights = _load_backbone(teacher_model, teacher, torch.float32, trust_remote_code)
+        weights = _load_backbone(teacher_model, teacher, "auto", trust_remote_code)
         student_init.start_from_teacher(encoder, weights, kind, origins)
     if tail_init == "identity":
         student_init.clear_tail(encoder)

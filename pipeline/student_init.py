@@ -69,9 +69,9 @@ def start_from_teacher(student: RelationEncoder, teacher: PreTrainedModel, kind:
     row, config = student.architecture, student.config
     if config.hidden_size > teacher.config.hidden_size:
         raise UserError(f"init {kind!r} needs a student no wider than its teacher ({teacher.config.hidden_size})")
-    source = {name: parameter.float() for name, parameter in teacher.named_parameters()}
+    source = dict(teacher.named_parameters())
     theirs = architecture_of(teacher.config)
-    words = source[f"{theirs.word_embeddings}.weight"]
+    words = source[f"{theirs.word_embeddings}.weight"].float()
     projection = _projection(words, teacher.config.hidden_size, config, kind)
     tables = tuple(f"{name}." for name in (row.word_embeddings, *row.tables))
     for name, parameter in student.backbone.named_parameters():
@@ -82,7 +82,7 @@ def start_from_teacher(student: RelationEncoder, teacher: PreTrainedModel, kind:
             if kind == "embeddings":  # a table that only the student's family has
                 continue
             raise UserError(f"init {kind!r}: the teacher has no weight {origin!r}; choose 'random' for this pair")
-        weight = source[origin]
+        weight = source[origin].float()
         if name.startswith(f"{row.positions}."):  # the first real position moves where the families number differently
             first = theirs.position_offset(teacher.config) - row.position_offset(config)
             weight = weight[max(first, 0) :][: len(parameter)]
