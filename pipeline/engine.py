@@ -257,6 +257,7 @@ def start_monitor(config: dict[str, Any], output: Path, summary: str):
     from deepspeed.monitor.monitor import MonitorMaster
 
     chosen = {name: config[name] for name in MONITORS if name in config}
+    os.environ.setdefault("WANDB_DIR", str(output))  # not the folder that somebody happens to stand in
     chosen.setdefault("tensorboard", dict(enabled=True, output_path=str(output), job_name="tensorboard"))
     monitor = MonitorMaster(get_monitor_config(chosen))
     if writer := getattr(monitor.tb_monitor, "summary_writer", None):
