@@ -108,12 +108,16 @@ def distill(recipe, ds_config, resume, stop_at, profile, compile_layers, overrid
 @_recipe_options
 @click.option("--local_rank", "--local-rank", hidden=True)
 @click.option("--num_gpus", "--num-gpus", hidden=True)
-def _distill_rank(recipe, ds_config, resume, stop_at, profile, compile_layers, overrides, local_rank, num_gpus) -> int:
+@click.pass_obj
+def _distill_rank(
+    status, recipe, ds_config, resume, stop_at, profile, compile_layers, overrides, local_rank, num_gpus
+) -> int:
     from pipeline import config, engine, trainer
 
     if num_gpus:
         raise UserError("--num_gpus belongs to the launcher: deepspeed --num_gpus 2 launch/distill.sh --recipe ...")
     options = dict(resume=resume, stop_at_step=stop_at, profile=profile, compile_layers=compile_layers)
+    options["on_start"] = status.running
     return trainer.distill(config.load_recipe(recipe, overrides), engine.read_ds_config(ds_config), **options)
 
 
@@ -127,12 +131,14 @@ def _quiet_libraries() -> None:
 
 def distill_rank() -> None:
     """One rank of `launch/distill.sh`, started by deepspeed, torchrun or srun."""
+    from launch.streams import outlive_the_terminal
     from launch.supervise import RankStatus
 
     _quiet_libraries()
+    outlive_the_terminal()
     status = RankStatus()
     try:
-        code = _distill_rank.main(prog_name="distill.sh", standalone_mode=False)
+        code = _distill_rank.main(prog_name="distill.sh", standalone_mode=False, obj=status)
     except (UserError, click.ClickException) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             message = error.format_message() if isinstance(error, click.ClickException) else str(error)

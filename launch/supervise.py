@@ -6,6 +6,7 @@ outlives the last of them, and exits with what they say of themselves. With `--m
 crashed again; the job resumes from its newest whole checkpoint.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -22,8 +23,10 @@ import psutil
 SCRIPT = Path(__file__).resolve().parent / "distill.sh"
 JOB = "PYTHON_MINILM_JOB"  # DeepSpeed hands variables to other machines only if they begin with PYTHON or the like
 STATUS = "PYTHON_MINILM_STATUS"
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-FINAL_CODES = (0, 2, 3, 75)  # done, the user's mistake, diverged, asked to stop
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+STARTING, RUNNING = "starting", "running"
+REQUEUE = 75
+FINAL_CODES = (0, 2, 3, REQUEUE)  # done, the user's mistake, diverged, asked to stop
 GRACE_SECONDS = 120
 RESTART_SECONDS = 5
 _LAUNCHER_VALUES = (
@@ -40,18 +43,20 @@ def launch(arguments: list[str]) -> int:
         arguments: options of `deepspeed` (such as --num_gpus 2), `--max-restarts N`, and those of a rank, mixed.
 
     Returns:
-        0 done; 2 a user's mistake; 3 the loss was not finite for too long; 75 stopped by a signal and saved; anything
-        else: the job has crashed.
+        0 done; 2 a user's mistake; 3 the loss was not finite for too long; 75 stopped by a signal, nothing is lost;
+        anything else: the job has crashed.
     """
     launcher, ranks, restarts = split_arguments(arguments)
     job = _Job([_deepspeed(), *launcher, str(SCRIPT), *ranks])
     while True:
         code = job.run()
-        if code in FINAL_CODES and (code != 75 or job.signalled) or job.signalled or restarts == 0:
+        if code in FINAL_CODES and (code != REQUEUE or job.signalled) or job.signalled or restarts == 0:
             return code
         restarts -= 1
         print(f"the job ended with code {code}; starting it again ({restarts} restarts left)", file=sys.stderr)
         time.sleep(RESTART_SECONDS)
+        if job.signalled:
+            return REQUEUE
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str], int]:
@@ -86,12 +91,18 @@ def _refuse(message: str) -> NoReturn:
 
 
 class RankStatus:
-    """What a rank says of itself: a file that reads `running`, then its exit code; nothing without a supervisor."""
+    """What a rank says of itself: a file that reads `starting`, `running`, then its exit code.
+
+    A rank that is starting has nothing to save yet: a signal just ends it. Without a supervisor nothing is written.
+    """
 
     def __init__(self) -> None:
         folder = os.environ.get(STATUS)
         self._path = Path(folder) / os.environ.get("RANK", "0") if folder and Path(folder).is_dir() else None
-        self.write("running")
+        self.write(STARTING)
+
+    def running(self) -> None:
+        self.write(RUNNING)
 
     def write(self, status: int | str) -> None:
         if self._path is not None:
@@ -103,26 +114,49 @@ class _Job:
 
     def __init__(self, command: list[str]) -> None:
         self._command, self._name = command, uuid.uuid4().hex
+        self._several_machines = any(word.startswith("--hostfile") for word in command)
+        self._uses_pdsh = not any(word.startswith("--launcher=") and word != "--launcher=pdsh" for word in command)
+        self._launcher: subprocess.Popen | None = None
+        self._status: Path | None = None
         self.signalled = False
         for number in FORWARDED:
-            signal.signal(number, self._forward)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+                signal.signal(number, self._forward)
 
     def run(self) -> int:
-        status = Path(tempfile.mkdtemp(prefix="minilm-status-"))
-        environment = {**os.environ, JOB: self._name, STATUS: str(status)}
+        self._status = Path(tempfile.mkdtemp(prefix="minilm-status-"))
+        environment = {**os.environ, JOB: self._name, STATUS: str(self._status)}
         try:
-            launcher = subprocess.Popen(self._command, env=environment, start_new_session=True)
-            code = launcher.wait()
+            self._launcher = subprocess.Popen(self._command, env=environment, start_new_session=True)
+            code = self._launcher.wait()
             self._outlive_ranks()
-            several_machines = any(word.startswith("--hostfile") for word in self._command)
-            return _verdict(code, [path.read_text() for path in status.iterdir()], several_machines)
+            return _verdict(code, self._statuses(), self._several_machines, self.signalled)
         finally:
-            shutil.rmtree(status, ignore_errors=True)
+            folder, self._status = self._status, None
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _statuses(self) -> list[str]:
+        """What the ranks of this machine say; see `RankStatus`."""
+        return [path.read_text() for path in self._status.iterdir()] if self._status else []
 
     def _forward(self, number: int, frame) -> None:
         self.signalled = True
-        for rank in self._ranks():
-            rank.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+        ranks = self._ranks()
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM)
+        waits_elsewhere = self._several_machines and RUNNING not in self._statuses()  # for ranks that end here
+        if self._launcher is not None and (not ranks or waits_elsewhere):
+            self._stop_launcher()
+
+    def _stop_launcher(self) -> None:
+        """Where no rank runs here: none does yet, or all are on other machines, which only the launcher reaches."""
+        with contextlib.suppress(ProcessLookupError):
+            if self._several_machines and self._uses_pdsh:
+                print("stopping the job on all machines of the host file", file=sys.stderr)
+                self._launcher.send_signal(signal.SIGINT)  # then it has pdsh end its processes on all machines
+            else:
+                os.killpg(self._launcher.pid, signal.SIGTERM)
 
     def _ranks(self) -> list[psutil.Process]:
         """Processes of this job that are ranks, not their launcher and not their own helpers."""
@@ -146,12 +180,15 @@ class _Job:
                 return
 
 
-def _verdict(launcher_code: int, statuses: list[str], several_machines: bool) -> int:
+def _verdict(launcher_code: int, statuses: list[str], several_machines: bool, signalled: bool) -> int:
     """The ranks' own word if all of this machine left one, and the same; else the launcher's.
 
-    The launcher's success is believed only where no rank runs on this machine to confirm it.
+    A job that was told to stop before any rank had anything to save has lost nothing. The launcher's success is
+    believed only where no rank runs on this machine to confirm it.
     """
-    if statuses and len(set(statuses)) == 1 and statuses[0] != "running":
+    if signalled and set(statuses) <= {STARTING, str(REQUEUE)} and (statuses or not several_machines):
+        return REQUEUE
+    if len(set(statuses)) == 1 and statuses[0] not in (STARTING, RUNNING):
         return int(statuses[0])
     if several_machines and not statuses and launcher_code == 0:
         return 0

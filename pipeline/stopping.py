@@ -14,7 +14,7 @@ import torch.distributed as dist
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: "saved, start me again"
 EXIT_DIVERGED = 3  # starting it again would end the same way
 _LAUNCHER_WORDS = (b"deepspeed", b"deepspeed.launcher.launch", b"deepspeed.launcher.runner", b"--launch")
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -24,7 +24,8 @@ class StopRequest:
         self.reason: str | None = None
         self._launchers = _launcher_ancestors()
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+                signal.signal(number, self._note)
 
     def agreed(self, device: torch.device) -> bool:
         """True on all ranks if any rank has a reason to stop; every rank calls it once a step."""

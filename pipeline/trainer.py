@@ -10,7 +10,7 @@ import faulthandler
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def distill(
     stop_at_step: int | None = None,
     profile: bool = False,
     compile_layers: bool = False,
+    on_start: Callable[[], None] = lambda: None,
 ) -> int:
     """Run the recipe on this rank and return the exit code.
 
@@ -47,6 +48,7 @@ def distill(
         stop_at_step: save and leave after this step, as if the job's time were over, but with exit code 0.
         profile: write a trace of a few steps into the run's folder.
         compile_layers: run the layers of teacher and student through torch.compile.
+        on_start: called once signals no longer end this process but are answered with a checkpoint.
 
     Returns:
         0 when the last step (or `stop_at_step`) is done and saved, EXIT_REQUEUE after a signal, EXIT_DIVERGED when too
@@ -58,6 +60,7 @@ def distill(
     run = Distillation(recipe, engine.merge(recipe, ds_config, world_size=world_size), corpus, record)
     if compile_layers:
         run.compile_layers()
+    on_start()
     try:
         with profiler(run.output, run.rank) if profile else contextlib.nullcontext() as tracer:
             return run.train(stop_at_step, after_step=tracer.step if tracer else lambda: None)

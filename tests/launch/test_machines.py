@@ -44,8 +44,8 @@ def machines(tmp_path, port):
     daemon.wait(10)
 
 
-def start(folder, environment, *arguments):
-    command = ["bash", SCRIPT, "--hostfile", folder / "hosts", "--master_addr=127.0.0.1", "--recipe", "demo"]
+def start(folder, environment, *arguments, before=()):
+    command = [*before, "bash", SCRIPT, "--hostfile", folder / "hosts", "--master_addr=127.0.0.1", "--recipe", "demo"]
     command += [*arguments, f"run.output={folder / 'run'}"]
     log = (folder / "log.txt").open("a")
     return subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
@@ -59,14 +59,34 @@ def test_two_machines_train_as_one_and_stop_together(machines, runs, small_run, 
 
     shutil.rmtree(tmp_path / "run")
     job = start(tmp_path, machines, *small_run, "optimizer.steps=100000", "checkpoint.every_steps=100000")
-    deadline = time.monotonic() + 120
-    while not read_metrics(tmp_path / "run", "train"):
-        assert job.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.2)
+    wait_for_a_step(tmp_path, job)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(60) == 75, log.read_text()
     assert list((tmp_path / "run" / "checkpoints").glob("*/complete.json"))
-    left = [
-        p for p in psutil.process_iter(["cmdline"]) if f"run.output={tmp_path}" in " ".join(p.info["cmdline"] or [])
-    ]
-    assert not left
+    assert not processes(tmp_path)
+
+
+def test_a_job_started_from_a_third_machine_can_be_stopped(machines, small_run, tmp_path):
+    """Its supervisor sees no rank: it lives in a process namespace of its own, they do not."""
+    log, apart = tmp_path / "log.txt", ["unshare", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    overrides = [*small_run, "optimizer.steps=100000", "checkpoint.every_steps=100000"]
+    job = start(tmp_path, machines, *overrides, before=apart)
+    wait_for_a_step(tmp_path, job)
+    (supervisor,) = [p for p in processes(tmp_path) if "--launch" in p.cmdline() and "unshare" not in p.cmdline()]
+    supervisor.send_signal(signal.SIGTERM)
+    assert job.wait(60) not in (0, 2), log.read_text()
+    assert not psutil.wait_procs(processes(tmp_path), timeout=40)[1], log.read_text()
+    assert list((tmp_path / "run" / "checkpoints").glob("*/complete.json")), log.read_text()
+
+
+def processes(folder):
+    """Of the job whose run lies in this folder."""
+    found = psutil.process_iter(["cmdline"])
+    return [process for process in found if f"run.output={folder}" in " ".join(process.info["cmdline"] or [])]
+
+
+def wait_for_a_step(folder, job):
+    deadline = time.monotonic() + 120
+    while not read_metrics(folder / "run", "train"):
+        assert job.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()
+        time.sleep(0.2)

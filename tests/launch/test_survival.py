@@ -26,11 +26,13 @@ pytestmark = pytest.mark.slow
 class Job:
     """A job under the launch script, its output going to a file."""
 
-    def __init__(self, folder, port, *arguments):
+    def __init__(self, folder, port, *arguments, start=("bash",)):
         self.log = folder / "log.txt"
         self.output = folder / "run"
         self._mark = f"run.output={self.output}"
-        command = ["bash", SCRIPT, "--num_gpus=2", f"--master_port={port}", "--recipe", "demo", *arguments, self._mark]
+        options = ["--num_gpus=2", f"--master_port={port}"]
+        begin = [SCRIPT, *options] if start[-1] == "bash" else [*options, SCRIPT]
+        command = [*start, *begin, "--recipe", "demo", *arguments, self._mark]
         environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
@@ -75,6 +77,36 @@ def test_a_signal_saves_within_30_seconds_and_exits_75(number, small_run, tmp_pa
     assert job.process.wait(60) == 75
     assert time.monotonic() - began < 30
     job.wait_until_gone(5)
+    (step,) = job.saved_steps()
+    assert step == max(record["step"] for record in read_metrics(job.output, "train"))
+
+
+@pytest.mark.parametrize("seconds", [0.5, 6])
+def test_a_signal_before_the_first_step_loses_nothing_and_exits_75(seconds, small_run, tmp_path, port):
+    job = Job(tmp_path, port, *small_run, *LONG)
+    time.sleep(seconds)  # within the launchers' start, and that of the ranks
+    job.process.send_signal(signal.SIGTERM)
+    assert job.process.wait(60) == 75, job.log.read_text()
+    job.wait_until_gone(5)
+
+
+TERMINAL = """
+import os, pty, sys
+child, terminal = pty.fork()
+if not child:
+    os.execvp(sys.argv[1], sys.argv[1:])
+while os.read(terminal, 65536):
+    pass
+"""
+
+
+@pytest.mark.parametrize("launcher", ["bash", "deepspeed"])
+def test_a_terminal_that_is_closed_saves(launcher, small_run, tmp_path, port):
+    """Standard output is gone by the time there is something to say."""
+    job = Job(tmp_path, port, *small_run, *LONG, start=[sys.executable, "-c", TERMINAL, launcher])
+    job.wait_for_step(2)
+    job.process.kill()
+    job.wait_until_gone(60)
     (step,) = job.saved_steps()
     assert step == max(record["step"] for record in read_metrics(job.output, "train"))
 
