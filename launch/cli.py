@@ -107,10 +107,11 @@ def distill(recipe, ds_config, resume, stop_at, profile, compile_layers, overrid
 @click.command()
 @_recipe_options
 @click.option("--local_rank", "--local-rank", hidden=True)
+@click.option("--job", hidden=True)
 @click.option("--num_gpus", "--num-gpus", hidden=True)
 @click.pass_obj
 def _distill_rank(
-    status, recipe, ds_config, resume, stop_at, profile, compile_layers, overrides, local_rank, num_gpus
+    status, recipe, ds_config, resume, stop_at, profile, compile_layers, overrides, local_rank, job, num_gpus
 ) -> int:
     from pipeline import config, engine, trainer
 

@@ -8,6 +8,7 @@ crashed again; the job resumes from its newest whole checkpoint.
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ REQUEUE = 75
 FINAL_CODES = (0, 2, 3, REQUEUE)  # done, the user's mistake, diverged, asked to stop
 GRACE_SECONDS = 120
 RESTART_SECONDS = 5
+REPEAT_SECONDS = 5
 _LAUNCHER_VALUES = (
     *("--num_gpus", "--num_nodes", "--hostfile", "--include", "--exclude", "--node_rank"),
     *("--master_addr", "--master_port", "--launcher", "--launcher_args"),
@@ -47,7 +49,7 @@ def launch(arguments: list[str]) -> int:
         anything else: the job has crashed.
     """
     launcher, ranks, restarts = split_arguments(arguments)
-    job = _Job([_deepspeed(), *launcher, str(SCRIPT), *ranks])
+    job = _Job(launcher, ranks)
     while True:
         code = job.run()
         if code in FINAL_CODES and (code != REQUEUE or job.signalled) or job.signalled or restarts == 0:
@@ -110,52 +112,67 @@ class RankStatus:
 
 
 class _Job:
-    """One job: its launcher, its ranks on this machine, and the signals on their way to them."""
+    """One job: its launcher, its ranks on this and other machines, and the signals on their way to them."""
 
-    def __init__(self, command: list[str]) -> None:
-        self._command, self._name = command, uuid.uuid4().hex
-        self._several_machines = any(word.startswith("--hostfile") for word in command)
-        self._uses_pdsh = not any(word.startswith("--launcher=") and word != "--launcher=pdsh" for word in command)
+    def __init__(self, launcher: list[str], ranks: list[str]) -> None:
+        self._name = uuid.uuid4().hex
+        self._command = [_deepspeed(), *launcher, str(SCRIPT), f"--job={self._name}", *ranks]
+        self._several_machines = any(word.startswith("--hostfile=") for word in launcher)
+        self._hosts = _hosts(launcher)
         self._launcher: subprocess.Popen | None = None
         self._status: Path | None = None
-        self.signalled = False
+        self._signal: signal.Signals | None = None
         for number in FORWARDED:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
-                signal.signal(number, self._forward)
+                signal.signal(number, self._note)
+
+    @property
+    def signalled(self) -> bool:
+        return self._signal is not None
 
     def run(self) -> int:
         self._status = Path(tempfile.mkdtemp(prefix="minilm-status-"))
         environment = {**os.environ, JOB: self._name, STATUS: str(self._status)}
         try:
             self._launcher = subprocess.Popen(self._command, env=environment, start_new_session=True)
-            code = self._launcher.wait()
+            code = self._wait_for_launcher()
             self._outlive_ranks()
             return _verdict(code, self._statuses(), self._several_machines, self.signalled)
         finally:
             folder, self._status = self._status, None
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _wait_for_launcher(self) -> int:
+        while True:
+            try:
+                return self._launcher.wait(REPEAT_SECONDS)
+            except subprocess.TimeoutExpired:
+                if self.signalled and self._hosts:
+                    self._forward()  # a rank may have begun after the signal went round
+
     def _statuses(self) -> list[str]:
         """What the ranks of this machine say; see `RankStatus`."""
         return [path.read_text() for path in self._status.iterdir()] if self._status else []
 
-    def _forward(self, number: int, frame) -> None:
-        self.signalled = True
+    def _note(self, number: int, frame) -> None:
+        self._signal = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
+        self._forward()
+
+    def _forward(self) -> None:
+        """Hand the signal to all ranks, wherever they are; where there are none yet, end what would start them."""
         ranks = self._ranks()
         for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
-                rank.send_signal(signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM)
-        waits_elsewhere = self._several_machines and RUNNING not in self._statuses()  # for ranks that end here
-        if self._launcher is not None and (not ranks or waits_elsewhere):
-            self._stop_launcher()
-
-    def _stop_launcher(self) -> None:
-        """Where no rank runs here: none does yet, or all are on other machines, which only the launcher reaches."""
-        with contextlib.suppress(ProcessLookupError):
-            if self._several_machines and self._uses_pdsh:
-                print("stopping the job on all machines of the host file", file=sys.stderr)
-                self._launcher.send_signal(signal.SIGINT)  # then it has pdsh end its processes on all machines
-            else:
+                rank.send_signal(self._signal)
+        if self._launcher is None:
+            return
+        if self._hosts:
+            pattern = rf"distill[.]sh --local_rank=[0-9]+ --job={self._name}"  # matches ranks, but not its own command
+            words = ["pdsh", "-w", ",".join(self._hosts), "pkill", f"-{self._signal.name}", "-f", shlex.quote(pattern)]
+            environment = {**os.environ, "PDSH_RCMD_TYPE": "ssh"}
+            subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        elif not ranks:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._launcher.pid, signal.SIGTERM)
 
     def _ranks(self) -> list[psutil.Process]:
@@ -193,6 +210,16 @@ def _verdict(launcher_code: int, statuses: list[str], several_machines: bool, si
     if several_machines and not statuses and launcher_code == 0:
         return 0
     return launcher_code if launcher_code > 0 else 1
+
+
+def _hosts(launcher: list[str]) -> list[str]:
+    """The machines that DeepSpeed logs in to, by its default way, pdsh."""
+    options = dict(word.partition("=")[::2] for word in launcher)
+    path = Path(options.get("--hostfile", ""))
+    if options.get("--launcher", "pdsh") != "pdsh" or not path.is_file():
+        return []
+    lines = (line.partition("#")[0].split() for line in path.read_text().splitlines())
+    return [words[0] for words in lines if words]
 
 
 def _deepspeed() -> str:

@@ -1,6 +1,8 @@
 """Fixtures that all tests share: the real samples, a small corpus, real runs of two ranks."""
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -127,7 +129,9 @@ def port() -> int:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of this machine that nobody listens on, below those that the system gives out by itself."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -74,9 +74,17 @@ def test_a_job_started_from_a_third_machine_can_be_stopped(machines, small_run, 
     wait_for_a_step(tmp_path, job)
     (supervisor,) = [p for p in processes(tmp_path) if "--launch" in p.cmdline() and "unshare" not in p.cmdline()]
     supervisor.send_signal(signal.SIGTERM)
-    assert job.wait(60) not in (0, 2), log.read_text()
+    assert job.wait(60) == 75, log.read_text()
     assert not psutil.wait_procs(processes(tmp_path), timeout=40)[1], log.read_text()
     assert list((tmp_path / "run" / "checkpoints").glob("*/complete.json")), log.read_text()
+
+
+def test_a_signal_while_they_start_ends_all(machines, small_run, tmp_path):
+    job = start(tmp_path, machines, *small_run)
+    time.sleep(4)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(60) == 75, (tmp_path / "log.txt").read_text()
+    assert not psutil.wait_procs(processes(tmp_path), timeout=20)[1]
 
 
 def processes(folder):
