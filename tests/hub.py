@@ -26,7 +26,8 @@ class Hub(ThreadingHTTPServer):
 
     def environment(self, cache: Path) -> dict[str, str]:
         """What makes the libraries ask this hub, and keep what they fetch in `cache`."""
-        return {"HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}", "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
+        endpoint = f"http://127.0.0.1:{self.server_port}"
+        return {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
 
     def revision(self, repository: str) -> str:
         """Changes with the content, as a commit does."""
