@@ -104,8 +104,10 @@ def test_resuming_is_bit_exact_on_other_stages_too(stage, precision, distill, tm
         sections["fp16"] |= {"initial_scale_power": 26, "hysteresis": 1}
     arguments = [ds_config(tmp_path, stage, **sections)]
     distill(tmp_path / "unbroken", *arguments)
-    distill(tmp_path / "resumed", *arguments, "--stop-at=3")
-    distill(tmp_path / "resumed", *arguments)
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000006")
+    process = distill(tmp_path / "resumed", *arguments, "--resume=3")
+    assert "resumed from step 3" in process.stdout
     assert losses(tmp_path / "unbroken") == losses(tmp_path / "resumed")
     skipped = [record["step"] for record in read_metrics(tmp_path / "resumed", "skipped")]
     assert bool(skipped) == (precision == "fp16") and len(skipped) < 5
