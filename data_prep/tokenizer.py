@@ -248,8 +248,7 @@ class Tokenizer:
         self._hub_tokenizer = hub_tokenizer
         self._reference = hub_tokenizer.backend_tokenizer
         self._truncation, self._padding = self._reference.truncation, self._reference.padding
-        self._reference.no_truncation()
-        self._reference.no_padding()
+        self._take_whole_texts()
         settings = json.loads(self._reference.to_str())
         canonical = json.dumps(settings, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         self._canonical = canonical
@@ -310,5 +309,8 @@ class Tokenizer:
         try:
             self._hub_tokenizer.save_pretrained(str(folder))
         finally:
-            self._reference.no_truncation()
-            self._reference.no_padding()
+            self._take_whole_texts()
+
+    def _take_whole_texts(self) -> None:
+        self._reference.no_truncation()
+        self._reference.no_padding()

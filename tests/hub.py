@@ -68,16 +68,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(f"POST {self.path}")
-        _, kind, owner, name, *_ = unquote(urlsplit(self.path).path).strip("/").split("/")
-        repository = f"{kind}/{owner}/{name}"
-        if repository not in self.server.repositories:
-            return self._missing("RepoNotFound")
-        wanted = set(body["paths"])
-        self._json([entry for entry in self._entries(repository) if entry["path"] in wanted])
-
     def _api(self, repository: str, rest: list[str]) -> None:
         if repository not in self.server.repositories:
             return self._missing("RepoNotFound")
