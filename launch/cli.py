@@ -88,11 +88,11 @@ def distill(recipe, ds_config, resume, stop_at, profile, compile_layers, overrid
       minilm distill --recipe my.toml optimizer.peak_lr=3e-4 run.output=/data/run2
     """
     from launch import supervise
-    from pipeline import config, engine, preflight
+    from pipeline import config, deepspeed_config, engine, preflight
 
     preflight.check(
         config.load_recipe(recipe, overrides),
-        engine.read_ds_config(ds_config),
+        deepspeed_config.read_ds_config(ds_config),
         world_size=num_gpus or engine.local_devices(),
         resume=resume,
     )
@@ -113,13 +113,13 @@ def distill(recipe, ds_config, resume, stop_at, profile, compile_layers, overrid
 def _distill_rank(
     status, recipe, ds_config, resume, stop_at, profile, compile_layers, overrides, local_rank, job, num_gpus
 ) -> int:
-    from pipeline import config, engine, trainer
+    from pipeline import config, deepspeed_config, trainer
 
     if num_gpus:
         raise UserError("--num_gpus belongs to the launcher: deepspeed --num_gpus 2 launch/distill.sh --recipe ...")
     options = dict(resume=resume, stop_at_step=stop_at, profile=profile, compile_layers=compile_layers)
     options["on_start"] = status.running
-    return trainer.distill(config.load_recipe(recipe, overrides), engine.read_ds_config(ds_config), **options)
+    return trainer.distill(config.load_recipe(recipe, overrides), deepspeed_config.read_ds_config(ds_config), **options)
 
 
 def _quiet_libraries() -> None:

@@ -20,7 +20,8 @@ from torch import nn
 from data_prep.errors import UserError
 from pipeline.architectures import without_pooler
 from pipeline.config import Teacher
-from pipeline.engine import compute_dtype, device
+from pipeline.deepspeed_config import compute_dtype
+from pipeline.engine import device
 from pipeline.models import RelationEncoder, load_teacher, teacher_config, with_layers
 from pipeline.operators import import_deepspeed, load_async_io
 

@@ -8,7 +8,7 @@ from data_prep import samples
 from data_prep.errors import UserError
 from data_prep.shards import Corpus
 from data_prep.tokenizer import Tokenizer
-from pipeline import checkpoint, engine
+from pipeline import checkpoint, deepspeed_config
 from pipeline.build import data_options, student_shape, teacher_settings
 from pipeline.config import Recipe
 from pipeline.loader import SampleSet, validation_batches
@@ -24,7 +24,7 @@ def check(
 
     Args:
         recipe: what is to be learned.
-        ds_config: of `engine.read_ds_config`.
+        ds_config: of `deepspeed_config.read_ds_config`.
         world_size: ranks that will run it.
         resume: "auto", "never" or a step, see `checkpoint.find`.
 
@@ -34,7 +34,7 @@ def check(
     Raises:
         UserError: what was given, what was expected, what to do.
     """
-    engine.merge(recipe, ds_config, world_size=world_size)
+    deepspeed_config.merge(recipe, ds_config, world_size=world_size)
     _check_nvme(recipe, ds_config)
     if Path(recipe.teacher.model) == samples.folder() / samples.TEACHER:
         samples.require(samples.TEACHER)
@@ -95,7 +95,7 @@ def check_against_teacher(recipe: Recipe, *, layers: int, hidden: int, positions
 
 def _check_nvme(recipe: Recipe, ds_config: dict[str, Any]) -> None:
     """Refuse weights on NVMe without a folder for them, or without what reads them."""
-    student, teacher, folders = engine.offload(ds_config, "param"), recipe.teacher, {}
+    student, teacher, folders = deepspeed_config.offload(ds_config, "param"), recipe.teacher, {}
     if student["device"] == "nvme":
         folders["zero_optimization.offload_param.nvme_path"] = student.get("nvme_path")
     if teacher.placement == "zero3_nvme":

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.shards import Corpus
-from pipeline import checkpoint, engine, flops, placement, preflight, run_folder
+from pipeline import checkpoint, deepspeed_config, engine, flops, placement, preflight, run_folder
 from pipeline.build import compared_layers, data_options, fresh_student
 from pipeline.config import Recipe
 from pipeline.loader import Batch, Loader, validation_batches
@@ -43,7 +43,7 @@ def distill(
 
     Args:
         recipe: what is learned.
-        ds_config: a DeepSpeed configuration, see `engine.read_ds_config`.
+        ds_config: a DeepSpeed configuration, see `deepspeed_config.read_ds_config`.
         resume: "auto", "never" or a step, see `checkpoint.find`.
         stop_at_step: save and leave after this step, as if the job's time were over, but with exit code 0.
         profile: write a trace of a few steps into the run's folder.
@@ -57,7 +57,7 @@ def distill(
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     corpus, record = preflight.check(recipe, ds_config, world_size=world_size, resume=resume)
     engine.init_distributed()
-    run = Distillation(recipe, engine.merge(recipe, ds_config, world_size=world_size), corpus, record)
+    run = Distillation(recipe, deepspeed_config.merge(recipe, ds_config, world_size=world_size), corpus, record)
     if compile_layers:
         run.compile_layers()
     on_start()
@@ -86,7 +86,7 @@ class Distillation:
         student = fresh_student(recipe)
         where = placement.choose(
             recipe.teacher,
-            dtype=engine.compute_dtype(ds_config),
+            dtype=deepspeed_config.compute_dtype(ds_config),
             free_bytes=placement.free_bytes(engine.ranks_on_this_machine()),
             world_size=self.world_size,
         )

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import defaultdict
 
-from pipeline import checkpoint, engine, preflight, run_folder
+from pipeline import checkpoint, deepspeed_config, engine, preflight, run_folder
 from pipeline.config import load_recipe
 from pipeline.trainer import Distillation
 
@@ -44,10 +44,10 @@ def main() -> None:
         intervals = ["logging.every_steps=1", f"checkpoint.every_steps={STEPS // SAVES}"]
         recipe = load_recipe(options.recipe, [*options.overrides, *limits, *intervals])
         usual = load_recipe(options.recipe, options.overrides)
-        ds_config = engine.read_ds_config(options.ds_config)
+        ds_config = deepspeed_config.read_ds_config(options.ds_config)
         corpus, record = preflight.check(recipe, ds_config, world_size=1, resume="never")
         engine.init_distributed()
-        run = Distillation(recipe, engine.merge(recipe, ds_config, world_size=1), corpus, record)
+        run = Distillation(recipe, deepspeed_config.merge(recipe, ds_config, world_size=1), corpus, record)
         seconds: dict[str, list[float]] = defaultdict(list)
         for owner, name in ((run, "_take_step"), (run, "_log_step"), (run, "save"), (run.student, "save_checkpoint")):
             timed(owner, name, seconds)

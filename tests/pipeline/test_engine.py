@@ -4,24 +4,24 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from pipeline import engine
+from pipeline import deepspeed_config, engine
 from pipeline.config import load_recipe, shipped_recipes
 from pipeline.operators import import_deepspeed
 
 
 @pytest.mark.parametrize("recipe", shipped_recipes())
-@pytest.mark.parametrize("name", engine.shipped_ds_configs())
+@pytest.mark.parametrize("name", deepspeed_config.shipped_ds_configs())
 def test_every_recipe_loads_with_every_ds_config(recipe, name):
     recipe = load_recipe(recipe, ["run.output=out", "data.corpus=corpus"])
-    merged = engine.merge(recipe, engine.read_ds_config(name), world_size=2)
+    merged = deepspeed_config.merge(recipe, deepspeed_config.read_ds_config(name), world_size=2)
     micro, accumulation = merged["train_micro_batch_size_per_gpu"], merged["gradient_accumulation_steps"]
     assert micro * accumulation * 2 == merged["train_batch_size"] == recipe.optimizer.global_batch_samples
     deepspeed = import_deepspeed()
     parsed = deepspeed.DeepSpeedConfig({**merged, "train_batch_size": micro * accumulation})  # this process is one rank
-    assert parsed.zero_config.stage == engine.zero_stage(merged)
+    assert parsed.zero_config.stage == deepspeed_config.zero_stage(merged)
     assert parsed.gradient_clipping == recipe.optimizer.clip_norm
     expected = torch.float32 if name == "cpu" else torch.bfloat16
-    assert engine.compute_dtype(merged) == expected
+    assert deepspeed_config.compute_dtype(merged) == expected
 
 
 @pytest.mark.parametrize(
@@ -30,40 +30,40 @@ def test_every_recipe_loads_with_every_ds_config(recipe, name):
 )
 def test_micro_batch_is_the_largest_that_divides_the_share(largest, ranks, batch, micro):
     recipe = load_recipe("demo", [f"optimizer.global_batch_samples={batch}"])
-    merged = engine.merge(recipe, {"train_micro_batch_size_per_gpu": largest}, world_size=ranks)
+    merged = deepspeed_config.merge(recipe, {"train_micro_batch_size_per_gpu": largest}, world_size=ranks)
     assert merged["train_micro_batch_size_per_gpu"] == micro
     assert micro * merged["gradient_accumulation_steps"] * ranks == batch
 
 
 def test_uneven_global_batch_is_refused():
     with pytest.raises(UserError, match="32 cannot be shared evenly by 3 ranks"):
-        engine.merge(load_recipe("demo"), engine.read_ds_config("cpu"), world_size=3)
+        deepspeed_config.merge(load_recipe("demo"), deepspeed_config.read_ds_config("cpu"), world_size=3)
 
 
 @pytest.mark.parametrize("key", ["train_batch_size", "optimizer", "scheduler", "gradient_clipping"])
 def test_a_knob_set_on_both_sides_is_refused(key):
     with pytest.raises(UserError, match=key):
-        engine.merge(load_recipe("demo"), {"train_micro_batch_size_per_gpu": 8, key: 1}, world_size=1)
+        deepspeed_config.merge(load_recipe("demo"), {"train_micro_batch_size_per_gpu": 8, key: 1}, world_size=1)
 
 
 def test_optimizer_state_on_nvme_is_refused_because_it_cannot_be_resumed():
-    config = engine.read_ds_config("zero3_nvme")
+    config = deepspeed_config.read_ds_config("zero3_nvme")
     config["zero_optimization"]["offload_optimizer"] = {"device": "nvme", "nvme_path": "."}
     with pytest.raises(UserError, match='could not resume. Use "cpu"'):
-        engine.merge(load_recipe("demo"), config, world_size=1)
+        deepspeed_config.merge(load_recipe("demo"), config, world_size=1)
 
 
 def test_bad_ds_configs_are_named(tmp_path):
     with pytest.raises(UserError, match="no DeepSpeed configuration 'zero9'.*zero3_offload"):
-        engine.read_ds_config("zero9")
+        deepspeed_config.read_ds_config("zero9")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match="not a JSON file"):
-        engine.read_ds_config(str(tmp_path / "broken.json"))
+        deepspeed_config.read_ds_config(str(tmp_path / "broken.json"))
     (tmp_path / "list.json").write_text(json.dumps([1]))
     with pytest.raises(UserError, match="no JSON object"):
-        engine.read_ds_config(str(tmp_path / "list.json"))
+        deepspeed_config.read_ds_config(str(tmp_path / "list.json"))
     with pytest.raises(UserError, match="train_micro_batch_size_per_gpu"):
-        engine.merge(load_recipe("demo"), {}, world_size=1)
+        deepspeed_config.merge(load_recipe("demo"), {}, world_size=1)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -2,7 +2,7 @@ import pytest
 
 from data_prep.errors import UserError
 from pipeline.config import load_recipe
-from pipeline.engine import read_ds_config
+from pipeline.deepspeed_config import read_ds_config
 from pipeline.preflight import check, check_against_teacher
 
 
