@@ -1,8 +1,8 @@
 """The recipe: everything that decides what is learned, read from TOML into frozen dataclasses and checked.
 
 A recipe never says how a run fits its machines (ZeRO stage, offload, precision, micro-batch): that is the DeepSpeed
-configuration's, see `pipeline.deepspeed_config`. Strings may hold `${NAME}`, taken from the environment; `${MINILM_HOME}` always
-has a value (`data_prep.samples.home`).
+configuration's, see `pipeline.deepspeed_config`. Strings may hold `${NAME}`, taken from the environment;
+`${MINILM_HOME}` always has a value (`data_prep.samples.home`).
 """
 
 import dataclasses
