@@ -90,12 +90,9 @@ def distill(recipe, ds_config, resume, stop_at, profile, compile_layers, overrid
     from launch import supervise
     from pipeline import config, deepspeed_config, engine, preflight
 
-    preflight.check(
-        config.load_recipe(recipe, overrides),
-        deepspeed_config.read_ds_config(ds_config),
-        world_size=num_gpus or engine.local_devices(),
-        resume=resume,
-    )
+    checked = config.load_recipe(recipe, overrides)
+    settings, ranks = deepspeed_config.read_ds_config(ds_config), num_gpus or engine.local_devices()
+    preflight.find_checkpoint(checked, preflight.check(checked, settings, world_size=ranks), resume)
     arguments = ["--recipe", recipe, "--ds-config", ds_config, "--resume", resume, *overrides]
     arguments += ["--stop-at", str(stop_at)] if stop_at else []
     arguments += ["--profile"] if profile else []
@@ -113,13 +110,15 @@ def distill(recipe, ds_config, resume, stop_at, profile, compile_layers, overrid
 def _distill_rank(
     status, recipe, ds_config, resume, stop_at, profile, compile_layers, overrides, local_rank, job, num_gpus
 ) -> int:
-    from pipeline import config, deepspeed_config, trainer
+    from pipeline import config, deepspeed_config, engine, trainer
 
     if num_gpus:
         raise UserError("--num_gpus belongs to the launcher: deepspeed --num_gpus 2 launch/distill.sh --recipe ...")
     options = dict(resume=resume, stop_at_step=stop_at, profile=profile, compile_layers=compile_layers)
     options["on_start"] = status.running
-    return trainer.distill(config.load_recipe(recipe, overrides), deepspeed_config.read_ds_config(ds_config), **options)
+    code = trainer.distill(config.load_recipe(recipe, overrides), deepspeed_config.read_ds_config(ds_config), **options)
+    engine.leave_process_group()
+    return code
 
 
 def _quiet_libraries() -> None:

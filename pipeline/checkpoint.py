@@ -8,15 +8,16 @@ torn: readers pass it over and say so.
     checkpoints/latest                       the tag of the newest whole checkpoint
     checkpoints/step-00000300/complete.json  files with sizes and checksums, step, samples, world size, recipe, corpus
     checkpoints/step-00000300/*.pt           DeepSpeed's own files
+
+What DeepSpeed reads, it reads through `zero_files.load`, which runs no code of a file's, and only after all ranks have
+compared the files with their checksums.
 """
 
-import contextlib
-import io
 import json
 import shutil
-import warnings
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ import torch.distributed as dist
 
 from data_prep import durable
 from data_prep.errors import UserError
-from pipeline.elastic import load_elsewhere
-from pipeline.operators import import_deepspeed
+from pipeline import elastic, ranks, zero_files
 
 RECORD = "complete.json"
+ASIDE = "aside"
+# DeepSpeed drops programs of its own beside a checkpoint; they leave frozen weights out at stage 1 and cannot read bf16
+# with fp32 accumulation. `minilm export` reads all.
+_RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +43,10 @@ class Record:
         step: optimizer steps done.
         samples_seen: samples of all ranks that led to it; the loader's whole state.
         world_size, zero_stage: of the run that wrote it.
+        layout: what else its files depend on, see `layout_of`.
         recipe: the part of the recipe that decides the weights (`Recipe.learned`).
         corpus_fingerprint: of the corpus it was trained on.
+        teacher_fingerprint: of the teacher; empty in records that are older than it.
         files: name -> {"bytes", "sha256"}.
     """
 
@@ -51,14 +57,20 @@ class Record:
     recipe: dict[str, Any]
     corpus_fingerprint: str
     files: dict[str, dict[str, Any]]
+    layout: dict[str, str] = field(default_factory=dict)
+    teacher_fingerprint: str = ""
 
 
 def tag_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def save(engine, folder: Path, record: Record, *, keep_last: int, keep_every_steps: int) -> None:
-    """Write one checkpoint; all ranks call it at the same step. `record.files` is filled in here.
+    """Write one checkpoint; all ranks call it at the same step. `files` and `layout` of the record are filled in here.
 
     Args:
         engine: the student's DeepSpeed engine.
@@ -67,24 +79,31 @@ def save(engine, folder: Path, record: Record, *, keep_last: int, keep_every_ste
         keep_every_steps: multiples of it stay for ever; 0 for none.
 
     Raises:
-        UserError: the disk has too little room; nothing is written then, and earlier checkpoints stay.
+        UserError: the disk has too little room, or rank 0 does not see another's files; earlier checkpoints stay.
     """
     rank, tag = dist.get_rank(), tag_of(record.step)
     target = folder / tag
-    _check_room(engine, folder)
-    if rank == 0 and target.exists():
-        shutil.rmtree(target)  # torn: a whole one of this step would have been resumed from
-    dist.barrier()
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"samples_seen": record.samples_seen}, save_latest=False)
-    gathered: list[dict[str, Any] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, _flush_own_files(target, rank))
-    if rank == 0:
-        files = {name: facts for part in gathered for name, facts in sorted((part or {}).items())}
-        durable.write(target / RECORD, json.dumps({**asdict(record), "files": files}, indent=1))
+    ranks.decided_by_rank_0(lambda: _make_room(engine, folder, target))
+    state = {"samples_seen": record.samples_seen, zero_files.GROUPS: _trained_names(engine)}
+    engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+    parts = ranks.gathered(_flush_own_files(target, rank))
+    files = {name: facts for part in parts for name, facts in sorted(part.items())}
+
+    def complete() -> None:
+        _check_all_seen(target, files)
+        whole = {**asdict(record), "files": files, "layout": layout_of(engine)}
+        durable.write(target / RECORD, json.dumps(whole, indent=1))
         durable.sync_folder(folder)
         durable.write(folder / "latest", tag)
         _remove_old(folder, keep_last, keep_every_steps)
-    dist.barrier()
+
+    ranks.decided_by_rank_0(complete)
+
+
+def layout_of(engine) -> dict[str, str]:
+    """Beside ranks and stage, what DeepSpeed's files depend on: the classes of its optimizers, and the precision."""
+    kinds = dict(optimizer=type(engine.optimizer).__name__, updates=type(engine.basic_optimizer).__name__)
+    return {**kinds, "precision": str(next(engine.module.parameters()).dtype).removeprefix("torch.")}
 
 
 def find(folder: Path, resume: str, *, log: Callable[[str], None] = print) -> Record | None:
@@ -133,15 +152,7 @@ def why_torn(checkpoint: Path, *, checksums: bool = False) -> str | None:
         return "it was never finished (no completion record)"
     except (ValueError, TypeError) as error:
         return f"its completion record cannot be read ({error})"
-    for name, facts in record.files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, expected {facts['bytes']}"
-        if checksums and durable.sha256(path) != facts["sha256"]:
-            return f"{name} differs from its checksum"
-    return None
+    return _difference(checkpoint, record.files, checksums=checksums)
 
 
 def read_record(checkpoint: Path) -> Record:
@@ -177,53 +188,117 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") 
 
 
 def load(engine, folder: Path, record: Record) -> None:
-    """Give the engine the weights, optimizer state and schedule of a checkpoint, and make sure that it took them.
+    """Give the engine the weights and optimizer state of a checkpoint, and make sure that it took them.
 
-    A checkpoint of the same number of ranks and ZeRO stage is loaded as it is, and training goes on bit for bit; any
-    other goes through `pipeline.elastic`.
+    All files are compared with their checksums first, each by one of the ranks. A checkpoint of the same number of
+    ranks, stage and layout is loaded as it is, and training goes on bit for bit; any other through `pipeline.elastic`.
+
+    Raises:
+        UserError: on all ranks, where a file differs, is damaged or is not seen by one of them.
     """
-    if (record.world_size, record.zero_stage) != (dist.get_world_size(), engine.zero_optimization_stage()):
-        source = folder / tag_of(record.step)
-        load_elsewhere(engine, source, zero_stage=record.zero_stage, weights=read_weights(source))
+    source, rank, world_size = folder / tag_of(record.step), dist.get_rank(), dist.get_world_size()
+    own = {name: facts for name, facts in record.files.items() if zero_files.writer_of(name) % world_size == rank}
+    ranks.all_agree(lambda: check_files(source, own))
+    here = (world_size, engine.zero_optimization_stage(), layout_of(engine))
+    if (record.world_size, record.zero_stage, record.layout) != here:
+        files = dict(zero_stage=record.zero_stage)
+        weights = ranks.all_agree(lambda: zero_files.read_weights(source, **files))
+        elastic.set_state(engine, weights, zero_files.read_trained(source, **files))
+        engine.global_steps, engine.global_samples = record.step, record.samples_seen
+        engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+        engine.skipped_steps = zero_files.read_skipped_steps(source)
         return
+    engine.checkpoint_engine.load = lambda path, map_location=None: zero_files.load(path)
     path, client_state = engine.load_checkpoint(str(folder), tag=tag_of(record.step))
     if path is None or client_state.get("samples_seen") != record.samples_seen or engine.global_steps != record.step:
-        raise RuntimeError(f"DeepSpeed did not load {folder / tag_of(record.step)}: {path}, {client_state}")
+        raise RuntimeError(f"DeepSpeed did not load {source}: {path}, {client_state}")
+
+
+def check_files(checkpoint: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Refuse files of a checkpoint that differ from their size or checksum."""
+    if problem := _difference(checkpoint, files, checksums=True):
+        raise UserError(
+            f"the checkpoint {checkpoint} is damaged: {problem}. Move that folder away and start again, to go on from "
+            "the checkpoint before it."
+        )
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The student's full fp32 weights of a checkpoint of any ZeRO stage, on the CPU; no process group is needed."""
-    stage = read_record(checkpoint).zero_stage
-    weights: dict[str, torch.Tensor] = {}
-    if stage < 3:  # whole, but in the precision of training, and the only place of frozen weights at stage 1
-        states = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        weights = {name: tensor.float() for name, tensor in states["module"].items()}
-    if stage > 0:  # in fp32, from all ranks' partitions
-        import_deepspeed()
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    """The student's full fp32 weights of a whole checkpoint, on the CPU, checked; no process group is needed."""
+    record = read_record(checkpoint)
+    check_files(checkpoint, record.files)
+    return zero_files.read_weights(checkpoint, zero_stage=record.zero_stage)
 
-        quiet = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            warnings.simplefilter("ignore")
-            master = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-            weights.update({name: tensor.clone() for name, tensor in master.items()})
-    return weights
+
+def set_aside(folder: Path, step: int) -> Path | None:
+    """Move checkpoints of later steps out of the way, so that two timelines never mix; the folder they are in now.
+
+    The metrics so far are copied beside them. `latest` names the step again.
+
+    Args:
+        folder: the run's `checkpoints/`.
+        step: of the whole checkpoint that the run goes back to.
+    """
+    later = [path for path in folder.glob("step-*") if path.name > tag_of(step)]
+    if not later:
+        return None
+    target = folder.parent / ASIDE / f"after-{tag_of(step)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    target.mkdir(parents=True)
+    if (folder.parent / "metrics.jsonl").is_file():
+        shutil.copyfile(folder.parent / "metrics.jsonl", target / "metrics.jsonl")
+    for path in later:
+        path.rename(target / path.name)
+    durable.write(folder / "latest", tag_of(step))
+    return target
+
+
+def _make_room(engine, folder: Path, target: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_room(engine, folder)
+    if target.exists():
+        shutil.rmtree(target)  # torn: a whole one of this step would have been resumed from
+
+
+def _trained_names(engine) -> list[list[str]]:
+    """Names of the trained parameters as `engine.parameter_groups` divides them."""
+    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    axes = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()}
+    groups = [[name for name in trained if axes[name] > 1], [name for name in trained if axes[name] <= 1]]
+    return [group for group in groups if group]
+
+
+def _check_all_seen(target: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Refuse a checkpoint of which rank 0 does not see every file in its size."""
+    if problem := _difference(target, files, checksums=False):
+        raise UserError(
+            f"the checkpoint {target} is not whole where rank 0 looks at it: {problem}. run.output must be one folder "
+            "that all machines share."
+        )
+
+
+def _difference(checkpoint: Path, files: dict[str, dict[str, Any]], *, checksums: bool) -> str | None:
+    """The first file that is not what the record says."""
+    for name, facts in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != facts["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, expected {facts['bytes']}"
+        if checksums and durable.sha256(path) != facts["sha256"]:
+            return f"{name} differs from its checksum"
+    return None
 
 
 def _check_room(engine, folder: Path) -> None:
-    """Refuse on all ranks to begin what the disk cannot hold, before DeepSpeed writes half of it."""
+    """Refuse to begin what the disk cannot hold, before DeepSpeed writes half of it."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
     # The weights as they are computed with (at most fp32), and for trained ones the fp32 master and Adam's two moments.
     needed = sum(count * (16 if trained else 4) for count, trained in sizes)
-    free = [0]
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = [shutil.disk_usage(folder).free]
-    dist.broadcast_object_list(free)
-    if free[0] < needed:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
         raise UserError(
             f"the disk of {folder} is too full to save: a checkpoint takes about {needed / 1e6:,.0f} MB, "
-            f"{free[0] / 1e6:,.0f} MB are free. Make room and start the same command again; it goes on from the newest "
+            f"{free / 1e6:,.0f} MB are free. Make room and start the same command again; it goes on from the newest "
             "whole checkpoint."
         )
 
@@ -232,22 +307,20 @@ def _flush_own_files(target: Path, rank: int) -> dict[str, dict[str, Any]]:
     """Flush the files that this rank wrote to the disk; name -> size and checksum."""
     facts = {}
     for path in sorted(target.rglob("*")):
-        if path.is_file() and _writer_of(path.name) == rank:
+        if path.is_file() and zero_files.writer_of(path.name) == rank:
             durable.sync_file(path)
             facts[str(path.relative_to(target))] = {"bytes": path.stat().st_size, "sha256": durable.sha256(path)}
     return facts
 
 
-def _writer_of(name: str) -> int:
-    """The rank that wrote a file: DeepSpeed puts it into the names of partitioned files, rank 0 writes the others."""
-    _, found, rest = name.partition("zero_pp_rank_")
-    return int(rest.split("_")[0]) if found else 0
-
-
 def _remove_old(folder: Path, keep_last: int, keep_every_steps: int) -> None:
+    """Remove whole checkpoints that are not to be kept, torn ones before the newest whole one, and stray programs."""
     whole = sorted(path.parent for path in folder.glob(f"step-*/{RECORD}"))
-    for checkpoint in whole[:-keep_last]:
-        step = read_record(checkpoint).step
-        if not (keep_every_steps and step % keep_every_steps == 0):
-            (checkpoint / RECORD).unlink()  # first, so that a half removed one is torn, not whole
-            shutil.rmtree(checkpoint)
+    torn = [path for path in folder.glob("step-*") if path not in whole and path < whole[-1]]
+    old = [path for path in whole[:-keep_last] if not (keep_every_steps and step_of(path) % keep_every_steps == 0)]
+    for checkpoint in old:
+        (checkpoint / RECORD).unlink()  # first, so that a half removed one is torn, not whole
+    for checkpoint in (*old, *torn):
+        shutil.rmtree(checkpoint)
+    for name in _RECOVERY_SCRIPTS:
+        (folder / name).unlink(missing_ok=True)

@@ -1,132 +1,71 @@
-"""A checkpoint for another number of ranks, or another ZeRO stage: through whole tensors, one file for each.
+"""A checkpoint for another number of ranks, another ZeRO stage or another precision: through whole fp32 tensors.
 
-DeepSpeed's own offline tool writes a checkpoint out as one folder a parameter (`fp32.pt`, `exp_avg.pt`,
-`exp_avg_sq.pt`, `step.pt`: its universal format). That is done once, by rank 0, and kept beside the checkpoint. Each
-rank then puts its share of every tensor into the engine through DeepSpeed's per-parameter interface. DeepSpeed's own
-reader of that format is not used: it cannot change between stage 3 and the others, and at stage 3 gives all parameter
-groups the settings of the first, so that norms and biases would start to decay.
+`zero_files` puts whole tensors together out of the files of all ranks. Here each rank puts its share of every tensor
+into its engine, through DeepSpeed's per-parameter interface where there is one. DeepSpeed's own way (its universal
+format) is not used: it cannot change between stage 3 and the others, does not know bf16 with fp32 accumulation at stage
+1, and at stage 3 gives all parameter groups the settings of the first, so that norms and biases would start to decay.
 """
 
-import functools
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
-from data_prep.errors import UserError
 from pipeline.operators import import_deepspeed
+from pipeline.zero_files import MOMENTS, Trained
 
-UNIVERSAL = "universal"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+# Each kind of ZeRO optimizer keeps this rank's flat fp32 partitions, one a group, under another name.
+_PARTITIONS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 
 
-def load_elsewhere(engine, checkpoint: Path, *, zero_stage: int, weights: dict[str, torch.Tensor]) -> None:
-    """Give an engine of any number of ranks and any ZeRO stage the state of a checkpoint.
+def set_state(engine, weights: Mapping[str, Tensor], trained: Mapping[str, Trained]) -> None:
+    """Give a fresh engine of any number of ranks, any ZeRO stage and any precision the state of a checkpoint.
 
     Args:
-        engine: the student's engine, fresh.
-        checkpoint: folder of a whole checkpoint.
-        zero_stage: of the run that wrote it.
-        weights: all its weights in fp32, see `checkpoint.read_weights`.
-
-    Raises:
-        UserError: this engine's state cannot be set: fp16 or bf16 without ZeRO.
+        engine: the student's engine, before its first step.
+        weights: all weights in fp32, whole.
+        trained: the trained ones with Adam's moments.
     """
-    if engine.zero_optimization_stage() == 0 and engine.optimizer is not engine.basic_optimizer:
-        raise UserError(
-            f"{checkpoint} was written by another number of ranks or at another ZeRO stage, and mixed precision "
-            "without ZeRO cannot take it over. Go on with --ds-config zero1 instead."
-        )
-    _create_optimizer_state(engine)
-    sources = _optimizer_states(engine, checkpoint, zero_stage)
+    step = max((state.step for state in trained.values()), default=0.0)
+    if step:
+        _create_optimizer_state(engine)
     for name, parameter in engine.module.named_parameters():
         _set_weight(engine, parameter, weights[name])
-    steps = {_set_moments(engine, parameter, *state) for parameter, state in sources}
-    _set_optimizer_step(engine, max(steps))
-    _set_schedule(engine, checkpoint)
+        if step and parameter.requires_grad:
+            _set_moments(engine, parameter, trained[name])
+    for state in engine.basic_optimizer.state.values():
+        state["step"] = state["step"].fill_(step) if isinstance(state["step"], Tensor) else int(step)
 
 
-def convert(checkpoint: Path) -> Path:
-    """Write a checkpoint of stage 1, 2 or 3 out in DeepSpeed's universal format; the folder. Done once, and atomic."""
-    target = checkpoint / UNIVERSAL
-    if target.is_dir():
-        return target
-    scratch = Path(tempfile.mkdtemp(dir=checkpoint, prefix=f".{UNIVERSAL}-"))
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(checkpoint), "--output_folder", str(scratch / UNIVERSAL)]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(f"DeepSpeed could not convert {checkpoint}:\n{result.stderr[-2000:]}")
-        (scratch / UNIVERSAL).rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
+def empty_state(tensor: Tensor, *, fused: bool, own: bool) -> dict[str, Any]:
+    """Adam's state of a tensor before its first step, as the optimizer itself makes it.
 
-
-def _optimizer_states(engine, checkpoint: Path, zero_stage: int) -> Iterator[tuple]:
-    """(parameter, (first moment, second moment, step)) of each trained parameter."""
-    trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
-    if zero_stage == 0:
-        model_states = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        order = [p for p in trained if _dimensions(p[1]) > 1] + [p for p in trained if _dimensions(p[1]) <= 1]
-        states = model_states["optimizer"]["state"]
-        for number, (_, parameter) in enumerate(order):
-            yield parameter, (*(states[number][key] for key in MOMENTS), float(states[number]["step"]))
-        return
-    if dist.get_rank() == 0:
-        convert(checkpoint)
-    dist.barrier()
-    folder = checkpoint / UNIVERSAL / "zero"
-    for name, parameter in trained:
-        moments = (_read_moment(folder / name / f"{key}.pt", parameter) for key in MOMENTS)
-        yield parameter, (*moments, _read_step(folder, name))
-
-
-def _read_moment(path: Path, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """One moment, flat: of stages 1 and 2 the tensor in its shape, of stage 3 flat and perhaps padded."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    tensor = content["param"] if isinstance(content, dict) else content
-    return tensor.flatten()[: getattr(parameter, "ds_numel", parameter.numel())]
-
-
-def _read_step(folder: Path, name: str) -> float:
-    """Adam's step: beside each parameter at stages 1 and 2, in the common state at stage 3."""
-    if (folder / name / "step.pt").is_file():
-        return float(torch.load(folder / name / "step.pt", map_location="cpu", weights_only=True))
-    return _common_step(folder)
-
-
-@functools.lru_cache(maxsize=1)
-def _common_step(folder: Path) -> float:
-    common = torch.load(folder / "optimizer_state.pt", map_location="cpu", weights_only=False)
-    return float(common["optimizer_state_dict"]["state"][0]["step"])
-
-
-def _dimensions(parameter: torch.nn.Parameter) -> int:
-    """Of the whole tensor; at stage 3 a parameter is a flat piece that remembers its shape."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+    Args:
+        tensor: what the optimizer updates.
+        fused: fused AdamW wants its step where the tensor is.
+        own: PyTorch's AdamW counts in a tensor, DeepSpeed's CPU Adam in a number.
+    """
+    step = torch.zeros((), dtype=torch.float32, device=tensor.device if fused else "cpu") if own else 0
+    return {"step": step, **{key: torch.zeros_like(tensor, dtype=torch.float32) for key in MOMENTS}}
 
 
 def _create_optimizer_state(engine) -> None:
     """Empty moments, which Adam would make, and DeepSpeed tie to the parameters, only at the first step."""
-    zero = engine.optimizer
-    flat = getattr(zero, "fp32_partitioned_groups_flat", getattr(zero, "single_partition_of_fp32_groups", []))
-    for partition in flat:
-        empty = {key: torch.zeros_like(partition) for key in MOMENTS}
-        own = isinstance(engine.basic_optimizer, torch.optim.AdamW)
-        engine.basic_optimizer.state[partition] = {"step": torch.tensor(0.0) if own else 0, **empty}
+    optimizer = engine.basic_optimizer
+    kind = dict(fused=bool(optimizer.defaults.get("fused")), own=isinstance(optimizer, torch.optim.AdamW))
+    found = next((getattr(engine.optimizer, name) for name in _PARTITIONS if hasattr(engine.optimizer, name)), None)
+    if found is None:  # without ZeRO the optimizer holds whole parameters, or their fp32 masters
+        found = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    for tensor in found:
+        optimizer.state[tensor] = empty_state(tensor, **kind)
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
         link()
 
 
-def _set_weight(engine, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+def _set_weight(engine, parameter: nn.Parameter, value: Tensor) -> None:
     """The weight that the model computes with, and its fp32 master."""
     utils = import_deepspeed().utils
     with torch.no_grad():
@@ -135,51 +74,43 @@ def _set_weight(engine, parameter: torch.nn.Parameter, value: torch.Tensor) -> N
             parameter.ds_tensor.data.copy_(piece)
             if parameter.requires_grad:
                 utils.safe_set_local_fp32_param(parameter, piece.float())
+            return
+        parameter.data.copy_(value.reshape(parameter.shape))
+        if not parameter.requires_grad:
+            return
+        if hasattr(parameter, "_hp_mapping"):
+            utils.safe_set_full_fp32_param(parameter, value.to(parameter.device))
         else:
-            parameter.data.copy_(value.reshape(parameter.shape))
-            if parameter.requires_grad and hasattr(parameter, "_hp_mapping"):
-                utils.safe_set_full_fp32_param(parameter, value.to(parameter.device))
+            _whole_master(engine, parameter).data.copy_(value.reshape(parameter.shape))
 
 
-def _set_moments(engine, parameter, first: torch.Tensor, second: torch.Tensor, step: float) -> float:
-    """Adam's moments of one parameter; returns its step."""
+def _set_moments(engine, parameter: nn.Parameter, state: Trained) -> None:
     utils = import_deepspeed().utils
-    for key, value in zip(MOMENTS, (first, second), strict=True):
+    for key in MOMENTS:
+        value = getattr(state, key)
         if hasattr(parameter, "ds_id"):
             utils.safe_set_local_optimizer_state(parameter, _own_piece(parameter, value).float(), key)
         elif hasattr(parameter, "_hp_mapping"):
             utils.safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
         else:
-            state = engine.optimizer.state[parameter]
-            state[key] = value.reshape(parameter.shape).to(parameter.device, torch.float32).clone()
-            state["step"] = torch.tensor(step)
-    return step
+            engine.basic_optimizer.state[_whole_master(engine, parameter)][key].copy_(value.reshape(parameter.shape))
 
 
-def _own_piece(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+def _whole_master(engine, parameter: nn.Parameter) -> Tensor:
+    """Without ZeRO: what the optimizer updates for a parameter, itself in fp32, else its fp32 master."""
+    if engine.optimizer is engine.basic_optimizer:
+        return parameter
+    for masters, parameters in zip(engine.optimizer.fp32_groups, engine.optimizer.fp16_groups, strict=True):
+        for master, own in zip(masters, parameters, strict=True):
+            if own is parameter:
+                return master
+    raise KeyError("the optimizer does not hold this parameter")
+
+
+def _own_piece(parameter: nn.Parameter, value: Tensor) -> Tensor:
     """This rank's flat piece of a whole tensor, as ZeRO-3 cuts it: equal pieces, the last one padded with zeros."""
     size = parameter.ds_tensor.numel()
     padded = torch.zeros(size * dist.get_world_size(), dtype=value.dtype)
     padded[: value.numel()] = value.flatten()
     start = size * dist.get_rank()
     return padded[start : start + size].to(parameter.ds_tensor.device)
-
-
-def _set_optimizer_step(engine, step: float) -> None:
-    for state in engine.basic_optimizer.state.values():
-        if isinstance(state.get("step"), torch.Tensor):
-            state["step"].fill_(step)
-        elif "step" in state:
-            state["step"] = int(step)
-
-
-def _set_schedule(engine, checkpoint: Path) -> None:
-    """Learning rate and step counters, which do not depend on ranks or stage."""
-    file = next(path for path in sorted(checkpoint.glob("*mp_rank_00_model_states.pt")))
-    states = torch.load(file, map_location="cpu", weights_only=False)
-    engine.lr_scheduler.load_state_dict(states["lr_scheduler"])
-    for group, rate in zip(engine.basic_optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate
-    engine.global_steps, engine.skipped_steps = states["global_steps"], states["skipped_steps"]
-    engine.global_samples = states["global_samples"]
-    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()

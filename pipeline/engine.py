@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data_prep.errors import UserError
 from pipeline.config import Optimizer
@@ -48,6 +49,13 @@ def init_distributed(*, timeout_seconds: int = 1800) -> None:
 
 def ranks_on_this_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
+
+
+def leave_process_group() -> None:
+    """At the end of a program, when all ranks have come to it: without this some end with an error now and then."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def device() -> torch.device:
@@ -92,52 +100,83 @@ def start_student(model: torch.nn.Module, options: Optimizer, config: dict[str, 
         load_async_io()
     if "activation_checkpointing" in config:
         model.backbone.gradient_checkpointing_enable()
-
-    def schedule(optimizer):
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, options))
-
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
     engine, _, _, _ = import_deepspeed().initialize(
         model=model,
         optimizer=_adamw(parameter_groups(model, options.weight_decay), options, config),
-        lr_scheduler=schedule,
         config={key: value for key, value in config.items() if key not in MONITORS},
         dist_init_required=False,
     )
+    set_buffers(model, buffers)
+    if hasattr(engine.optimizer, "fp32_groups"):
+        # Mixed precision without ZeRO: DeepSpeed makes Adam's state by a step with a gradient of zero, which decays the
+        # weights once and leaves the count of steps, and so the correction of Adam's bias, one ahead.
+        engine.basic_optimizer.state.clear()
+        engine.optimizer.refresh_fp32_params()
     return engine
 
 
-def take_step(student, *, finite: bool) -> bool:
-    """The engine's step, which leaves the weights alone where the loss or the gradient was not finite.
+def set_buffers(model: torch.nn.Module, buffers: dict[str, Tensor]) -> None:
+    """Give buffers back the values and types that they had: DeepSpeed rounds them with the weights.
 
-    At stages 1 and 2, and for fp16, DeepSpeed finds out by the gradient's norm; elsewhere it would put NaN into the
-    weights, and `finite` decides.
+    Rotary frequencies, which are such buffers, must be the same in training and in the exported model.
+    """
+    for name, value in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        module._buffers[leaf] = value.to(module._buffers[leaf].device)
+
+
+def set_learning_rate(student, rate: float) -> None:
+    """For the next step of the engine."""
+    for group in student.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def spoil_unless_finite(loss: Tensor, losses: Tensor) -> Tensor:
+    """The loss, or NaN where any of a step's losses on this rank was not finite; nothing waits for the device.
+
+    The gradient of NaN is NaN, on all ranks once they have summed it, and then `take_step` leaves the weights alone.
+
+    Args:
+        loss: of the step's last micro-batch, a scalar.
+        losses: all losses of the step so far, any shape.
+    """
+    return loss * (1.0 + 0.0 * losses.detach().sum()).to(loss.dtype)
+
+
+def take_step(student) -> bool:
+    """The engine's step, which leaves the weights alone where the gradient, summed over the ranks, is not finite.
+
+    DeepSpeed finds out by the gradient's norm and counts a skipped step; without ZeRO in fp32 it would put NaN into the
+    weights, so that here the same is done for it.
 
     Args:
         student: the engine, after the backward pass of a micro-batch.
-        finite: whether the losses of this step were, on all ranks; the ranks must agree.
 
     Returns:
         False if the step was skipped.
     """
     skipped = student.skipped_steps
-    if not finite and student.zero_optimization_stage() in (0, 3):
-        optimizer_step = student.optimizer.step
-        student.optimizer.step = lambda *_, **__: _discard_gradients(student)
-        try:
-            student.step()
-        finally:
-            student.optimizer.step = optimizer_step
-        return False
-    student.step()
-    return student.skipped_steps == skipped
+    plain = student.optimizer is student.basic_optimizer
+    if not plain or not student.is_gradient_accumulation_boundary() or _gradient_is_finite(student):
+        student.step()
+        return student.skipped_steps == skipped
+    optimizer_step = student.optimizer.step
+    student.optimizer.step = lambda *_, **__: student.zero_grad()
+    try:
+        student.step()
+    finally:
+        student.optimizer.step = optimizer_step
+    student.skipped_steps += 1
+    return False
 
 
-def _discard_gradients(student) -> None:
-    if student.zero_optimization_stage() == 3:
-        student.optimizer.overflow = True
-        student.optimizer._overflow_clean_up(prev_scale=None)
-    else:
-        student.zero_grad()
+def _gradient_is_finite(student) -> bool:
+    """Of whole gradients, which are the same on all ranks; their norm is kept where DeepSpeed keeps it elsewhere."""
+    gradients = [p.grad for p in student.module.parameters() if p.grad is not None]
+    student._global_grad_norm = torch.nn.utils.get_total_norm(gradients)
+    return bool(student._global_grad_norm.isfinite())
 
 
 def _adamw(groups: list[dict[str, Any]], options: Optimizer, config: dict[str, Any]) -> torch.optim.Optimizer:

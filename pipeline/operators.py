@@ -4,6 +4,7 @@ import os
 import shutil
 
 import torch
+import torch.utils.cpp_extension
 
 from data_prep.errors import UserError
 
@@ -36,6 +37,11 @@ def require_async_io() -> None:
     import_deepspeed()
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
+    if torch.cuda.is_available() and torch.utils.cpp_extension.CUDA_HOME is None:
+        raise UserError(
+            "weights on NVMe need DeepSpeed's async_io, which on a machine with GPUs is compiled by the CUDA toolkit, "
+            "and none is found: set CUDA_HOME to it, or keep the weights in memory: offload to cpu."
+        )
     if not (_has_compiler() and AsyncIOBuilder().is_compatible(verbose=False)):
         raise UserError(
             "weights on NVMe need DeepSpeed's async_io, which is compiled from libaio with g++ and ninja. Install "

@@ -21,7 +21,7 @@ from data_prep.errors import UserError
 from pipeline.architectures import without_pooler
 from pipeline.config import Teacher
 from pipeline.deepspeed_config import compute_dtype
-from pipeline.engine import device
+from pipeline.engine import device, set_buffers
 from pipeline.models import RelationEncoder, load_teacher, teacher_config, with_layers
 from pipeline.operators import import_deepspeed, load_async_io
 
@@ -99,10 +99,14 @@ def start_teacher(
 
     deepspeed = import_deepspeed()
     config = _zero3_config(teacher, placement.kind, ds_config)
-    with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype), _default_dtype(dtype):
+    buffers = dict(_empty_backbone(teacher).named_buffers())
+    # The configuration carries the precision: the argument `dtype` is not heeded on a device without fp16.
+    with deepspeed.zero.Init(config_dict_or_path=config), _default_dtype(dtype):
         encoder = RelationEncoder(_empty_backbone(teacher), layers).requires_grad_(False)
+    _check_dtype(encoder, dtype)
     _fill(encoder.backbone, weight_files(teacher.model))
     engine, *_ = deepspeed.initialize(model=encoder.eval(), config=config, dist_init_required=False)
+    set_buffers(encoder.backbone, buffers)
     engine.eval()
     return engine
 
@@ -164,6 +168,12 @@ def _fill(backbone, files: list[Path]) -> None:
                 parameter.copy_(tensor())
     if missing:
         raise UserError(f"{files[0].parent} lacks {len(missing)} of the teacher's weights, such as {min(missing)}")
+
+
+def _check_dtype(encoder: nn.Module, dtype: torch.dtype) -> None:
+    """What DeepSpeed made must be what was asked for: a teacher of another precision gives another loss, unseen."""
+    if others := {p.dtype for p in encoder.parameters()} - {dtype}:
+        raise RuntimeError(f"the partitioned teacher has weights of {others}, asked for was {dtype}")
 
 
 def _tensors(files: list[Path], prefix: str) -> Iterator[tuple]:

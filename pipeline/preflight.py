@@ -17,19 +17,13 @@ from pipeline.operators import require_async_io
 from pipeline.student_init import TAIL_INITS, parse_init
 
 
-def check(
-    recipe: Recipe, ds_config: dict[str, Any], *, world_size: int, resume: str
-) -> tuple[Corpus, checkpoint.Record | None]:
-    """Refuse what cannot run.
+def check(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> Corpus:
+    """Refuse what cannot run, and return the opened corpus.
 
     Args:
         recipe: what is to be learned.
         ds_config: of `deepspeed_config.read_ds_config`.
         world_size: ranks that will run it.
-        resume: "auto", "never" or a step, see `checkpoint.find`.
-
-    Returns:
-        The opened corpus, and the record of the checkpoint to resume from (None: a fresh start).
 
     Raises:
         UserError: what was given, what was expected, what to do.
@@ -46,12 +40,26 @@ def check(
     _check_bytes(recipe, corpus)
     _check_tokenizer(corpus, recipe.teacher.model)
     _check_samples(recipe, corpus, world_size)
+    return corpus
+
+
+def find_checkpoint(recipe: Recipe, corpus: Corpus, resume: str) -> checkpoint.Record | None:
+    """The record of the checkpoint that the run goes on from; None: a fresh start.
+
+    One rank asks for all: the others may see a network disk as it was.
+
+    Args:
+        resume: "auto", "never" or a step, see `checkpoint.find`.
+
+    Raises:
+        UserError: no checkpoint is whole, or it belongs to another recipe or corpus.
+    """
     checkpoints = Path(recipe.run.output) / "checkpoints"
-    record = checkpoint.find(checkpoints, resume, log=_say_on_main)
+    record = checkpoint.find(checkpoints, resume)
     if record is not None:
         ours = dict(recipe=recipe.learned(), corpus_fingerprint=corpus.fingerprint)
         checkpoint.check_belongs(record, **ours, folder=checkpoints)
-    return corpus, record
+    return record
 
 
 def check_against_teacher(recipe: Recipe, *, layers: int, hidden: int, positions: int) -> None:
@@ -138,8 +146,3 @@ def _check_samples(recipe: Recipe, corpus: Corpus, world_size: int) -> None:
     if corpus.shards("validation"):
         held_out = dict(samples=recipe.logging.validation_samples, micro_batch_samples=1, world_size=world_size)
         next(validation_batches(corpus, data_options(recipe), **held_out))
-
-
-def _say_on_main(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)

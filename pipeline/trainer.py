@@ -8,6 +8,7 @@ and a resumed run computes what an unbroken one would have.
 import contextlib
 import faulthandler
 import hashlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.shards import Corpus
-from pipeline import checkpoint, deepspeed_config, engine, flops, placement, preflight, run_folder
+from pipeline import checkpoint, deepspeed_config, engine, flops, placement, preflight, ranks, run_folder
 from pipeline.build import compared_layers, data_options, fresh_student
 from pipeline.config import Recipe
 from pipeline.loader import Batch, Loader, validation_batches
@@ -55,8 +56,9 @@ def distill(
         many steps in a row were not finite.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    corpus, record = preflight.check(recipe, ds_config, world_size=world_size, resume=resume)
+    corpus = preflight.check(recipe, ds_config, world_size=world_size)
     engine.init_distributed()
+    record = ranks.decided_by_rank_0(lambda: preflight.find_checkpoint(recipe, corpus, resume))
     run = Distillation(recipe, deepspeed_config.merge(recipe, ds_config, world_size=world_size), corpus, record)
     if compile_layers:
         run.compile_layers()
@@ -87,7 +89,7 @@ class Distillation:
         where = placement.choose(
             recipe.teacher,
             dtype=deepspeed_config.compute_dtype(ds_config),
-            free_bytes=placement.free_bytes(engine.ranks_on_this_machine()),
+            free_bytes=min(ranks.gathered(placement.free_bytes(engine.ranks_on_this_machine()))),
             world_size=self.world_size,
         )
         self.teacher = placement.start_teacher(recipe.teacher, where, ds_config, compared_layers(recipe)[0])
@@ -101,9 +103,11 @@ class Distillation:
         if self.rank == 0:
             run_folder.describe(self.output, recipe, ds_config, corpus, student)
         self.student = engine.start_student(student, recipe.optimizer, ds_config)
-        self.step, self.lr, self.skipped_in_a_row = 0, 0.0, 0
+        self.step, self.lr, self.skipped_in_a_row, aside = 0, 0.0, 0, None
         if record is not None:
-            checkpoint.load(self.student, self.output / run_folder.CHECKPOINTS, record)
+            checkpoints = self.output / run_folder.CHECKPOINTS
+            checkpoint.load(self.student, checkpoints, record)
+            aside = ranks.decided_by_rank_0(lambda: checkpoint.set_aside(checkpoints, record.step))
             self.step = record.step
         self.log = RunLog(
             self.output,
@@ -113,6 +117,8 @@ class Distillation:
             is_main=self.rank == 0,
         )
         self.log.say(f"teacher: {where.kind} ({where.reason})")
+        if aside is not None:
+            self.log.say(f"went back to step {self.step}: the checkpoints of later steps are now in {aside}")
         self.loader = Loader(
             corpus,
             self.options,
@@ -163,6 +169,9 @@ class Distillation:
             if stopping and self.step < last_step:
                 self.log.say(f"stopping: {self.stop.reason}; saved step {self.step}, start again to go on")
                 return EXIT_REQUEUE
+        if self.student.skipped_steps >= self.step > 0:
+            self.log.say(f"all {self.step} steps were skipped, because none was finite: nothing has been learned")
+            return EXIT_DIVERGED
         if self.step < last_step:
             self.log.say(f"stopped after step {self.step} as asked; start again to go on")
         else:
@@ -233,40 +242,50 @@ class Distillation:
         torch.manual_seed(step_seed(self.recipe.run.seed, self.step, self.rank))
         names = ["loss", *self.recipe.relations.loss_names()]
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
-        self.lr = self.student.get_lr()[0]
-        stepped = True
+        options = self.recipe.optimizer
+        self.lr = options.peak_lr * engine.learning_rate_factor(self.step, options)
+        engine.set_learning_rate(self.student, self.lr)
+        stepped, taken = True, []
         for number in range(self.accumulation_steps):
-            loss = self._loss(next(batches))
-            with self.timer.phase("backward"):
-                self.student.backward(loss.total)
+            taken.append(next(batches))
+            loss = self._loss(taken[-1])
             sums += torch.stack([loss.total.detach(), *loss.per_pair.values()])
-            with self.timer.phase("step"):
+            with self.timer.phase("backward"):
                 last = number == self.accumulation_steps - 1
-                stepped = engine.take_step(self.student, finite=not last or self._all_finite(sums))
+                self.student.backward(engine.spoil_unless_finite(loss.total, sums) if last else loss.total)
+            with self.timer.phase("step"):
+                stepped = engine.take_step(self.student)
         self.step += 1
-        self._count_skipped(stepped)
+        self._count_skipped(stepped, taken)
         return dict(zip(names, sums / self.accumulation_steps, strict=True))
 
-    def _all_finite(self, sums: torch.Tensor) -> bool:
-        """Whether the losses were finite on all ranks."""
-        bad = (~sums.isfinite().all()).to(torch.int32)
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        return not bad.item()
-
-    def _count_skipped(self, stepped: bool) -> None:
+    def _count_skipped(self, stepped: bool, batches: list[Batch]) -> None:
         self.skipped_in_a_row = 0 if stepped else self.skipped_in_a_row + 1
         if stepped:
             return
-        batch = self.recipe.optimizer.global_batch_samples
-        samples = dict(first_sample=self.samples_seen - batch, last_sample=self.samples_seen - 1)
+        size = self.recipe.optimizer.global_batch_samples
+        samples = dict(first_sample=self.samples_seen - size, last_sample=self.samples_seen - 1)
         self.log.record("skipped", self.step, {"in_a_row": self.skipped_in_a_row, **samples})
         self.log.say(f"step {self.step} skipped: loss or gradient not finite (samples {list(samples.values())})")
+        if self.skipped_in_a_row == 1 and not self._teacher_is_finite(batches):
+            self.log.say(
+                f"the teacher's own queries, keys or values of layer {self.recipe.teacher.layer} are not finite: look "
+                f"at the weights of {self.recipe.teacher.model}, or compute in fp32 or bf16 if this is fp16"
+            )
+
+    def _teacher_is_finite(self, batches: list[Batch]) -> bool:
+        """Whether the teacher's outputs for a step's micro-batches are finite on all ranks."""
+        bad = torch.zeros((), dtype=torch.bool, device=self.device)
+        for batch in batches:
+            with torch.no_grad():
+                output = self.teacher(**self._inputs(batch))
+            for x in itertools.chain(*([output] if self.recipe.relations.layers is None else output)):
+                # What padding gives is nobody's fault.
+                bad |= ~(x if batch.attention_mask is None else x[batch.attention_mask.to(x.device)]).isfinite().all()
+        return not any(ranks.gathered(bool(bad)))
 
     def _loss(self, batch: Batch) -> RelationLoss:
-        inputs = {
-            name: None if tensor is None else tensor.to(self.device, non_blocking=True)
-            for name, tensor in ((name, getattr(batch, name)) for name in _MODEL_INPUTS)
-        }
+        inputs = self._inputs(batch)
         with self.timer.phase("teacher"), torch.no_grad():
             teacher = self.teacher(**inputs)
         with self.timer.phase("student"):
@@ -283,6 +302,11 @@ class Distillation:
             if relations.layers is None:
                 return relation_loss(teacher, student, **options)
             return layerwise_relation_loss(teacher, student, weights=[pair[2] for pair in relations.layers], **options)
+
+    def _inputs(self, batch: Batch) -> dict[str, torch.Tensor | None]:
+        """A micro-batch on the device, as teacher and student take it."""
+        tensors = {name: getattr(batch, name) for name in _MODEL_INPUTS}
+        return {name: t if t is None else t.to(self.device, non_blocking=True) for name, t in tensors.items()}
 
     def _log_step(self, losses: dict[str, torch.Tensor], interval: "_Interval") -> None:
         means = torch.stack(list(losses.values()))

@@ -45,7 +45,7 @@ def main() -> None:
         recipe = load_recipe(options.recipe, [*options.overrides, *limits, *intervals])
         usual = load_recipe(options.recipe, options.overrides)
         ds_config = deepspeed_config.read_ds_config(options.ds_config)
-        corpus, record = preflight.check(recipe, ds_config, world_size=1, resume="never")
+        corpus, record = preflight.check(recipe, ds_config, world_size=1), None
         engine.init_distributed()
         run = Distillation(recipe, deepspeed_config.merge(recipe, ds_config, world_size=1), corpus, record)
         seconds: dict[str, list[float]] = defaultdict(list)
