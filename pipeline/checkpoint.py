@@ -90,12 +90,12 @@ def save(engine, folder: Path, record: Record, *, keep_last: int, keep_every_ste
     files = {name: facts for part in parts for name, facts in sorted(part.items())}
 
     def complete() -> None:
-        _check_all_seen(target, files)
+        check_all_seen(target, files)
         whole = {**asdict(record), "files": files, "layout": layout_of(engine)}
         durable.write(target / RECORD, json.dumps(whole, indent=1))
         durable.sync_folder(folder)
         durable.write(folder / "latest", tag)
-        _remove_old(folder, keep_last, keep_every_steps)
+        remove_old(folder, keep_last, keep_every_steps)
 
     ranks.decided_by_rank_0(complete)
 
@@ -267,7 +267,7 @@ def _trained_names(engine) -> list[list[str]]:
     return [group for group in groups if group]
 
 
-def _check_all_seen(target: Path, files: dict[str, dict[str, Any]]) -> None:
+def check_all_seen(target: Path, files: dict[str, dict[str, Any]]) -> None:
     """Refuse a checkpoint of which rank 0 does not see every file in its size."""
     if problem := _difference(target, files, checksums=False):
         raise UserError(
@@ -313,7 +313,7 @@ def _flush_own_files(target: Path, rank: int) -> dict[str, dict[str, Any]]:
     return facts
 
 
-def _remove_old(folder: Path, keep_last: int, keep_every_steps: int) -> None:
+def remove_old(folder: Path, keep_last: int, keep_every_steps: int) -> None:
     """Remove whole checkpoints that are not to be kept, torn ones before the newest whole one, and stray programs."""
     whole = sorted(path.parent for path in folder.glob(f"step-*/{RECORD}"))
     torn = [path for path in folder.glob("step-*") if path not in whole and path < whole[-1]]

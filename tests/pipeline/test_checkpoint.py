@@ -1,11 +1,13 @@
+import io
 import json
 import shutil
 
 import pytest
 import torch
 
+from data_prep import durable
 from data_prep.errors import UserError
-from pipeline import checkpoint
+from pipeline import checkpoint, zero_files
 
 
 @pytest.fixture
@@ -45,6 +47,90 @@ def test_a_flipped_bit_is_found_by_checksum(checkpoints):
     file.write_bytes(data)
     assert checkpoint.why_torn(file.parent) is None
     assert "differs from its checksum" in checkpoint.why_torn(file.parent, checksums=True)
+    with pytest.raises(UserError, match="is damaged: .*optim_states.pt differs from its checksum"):
+        checkpoint.read_weights(file.parent)
+
+
+def test_a_damaged_checkpoint_is_not_resumed_from(runs, distill, tmp_path):
+    """40,000 wrong bytes in the optimizer's state of rank 1: no rank trains on them, and the reason is said."""
+    run = shutil.copytree(runs.resumed, tmp_path / "run")
+    file = next((run / "checkpoints" / "step-00000003").glob("zero_pp_rank_1*optim_states.pt"))
+    data = bytearray(file.read_bytes())
+    middle = slice(len(data) // 2, len(data) // 2 + 40_000)
+    data[middle] = bytes(byte ^ 255 for byte in data[middle])
+    file.write_bytes(data)
+    process = distill(run, "--resume=3", expect=2)
+    assert f"{file.name} differs from its checksum" in process.stderr and "rank 1" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert checkpoint.find(run / "checkpoints", "auto").step == 6  # nothing was set aside
+
+
+class Stranger:
+    """What an attacker pickles: loading it would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("kind", ["optim_states", "model_states"])
+def test_a_strangers_pickle_is_refused_and_not_run(kind, checkpoints, tmp_path):
+    folder = checkpoints / "step-00000006"
+    for file in folder.glob(f"*{kind}.pt"):
+        file.write_bytes(pickle_in_torchs_way({"module": {}, "optimizer_state_dict": Stranger(tmp_path / "ran")}))
+    record = json.loads((folder / checkpoint.RECORD).read_text())
+    for name, facts in record["files"].items():  # as an attacker would, with checksums that are right
+        facts |= {"bytes": (folder / name).stat().st_size, "sha256": durable.sha256(folder / name)}
+    (folder / checkpoint.RECORD).write_text(json.dumps(record))
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        checkpoint.read_weights(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def pickle_in_torchs_way(content) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a file of torch", bytes(1000)])
+def test_damaged_files_are_named(damage, checkpoints):
+    folder = checkpoints / "step-00000006"
+    next(folder.glob("*model_states.pt")).write_bytes(damage)
+    with pytest.raises(UserError, match="model_states.pt cannot be read as a checkpoint"):
+        zero_files.read_weights(folder, zero_stage=1)
+
+
+def test_files_of_ranks_that_do_not_add_up_are_refused(checkpoints):
+    folder = checkpoints / "step-00000006"
+    sorted(folder.glob("*optim_states.pt"))[1].unlink()
+    with pytest.raises(UserError, match="do not fit together"):
+        zero_files.read_weights(folder, zero_stage=1)
+
+
+def test_torn_ones_go_when_a_newer_one_is_whole(checkpoints):
+    torn = checkpoints / "step-00000004"
+    shutil.copytree(checkpoints / "step-00000003", torn)
+    (torn / checkpoint.RECORD).unlink()
+    later = shutil.copytree(torn, checkpoints / "step-00000009")
+    checkpoint.remove_old(checkpoints, keep_last=1, keep_every_steps=3)
+    assert not torn.exists() and later.exists()
+    assert [path.name for path in sorted(checkpoints.glob("step-*"))] == [f"step-0000000{step}" for step in (3, 6, 9)]
+
+
+def test_a_file_that_rank_0_does_not_see_is_no_part_of_a_whole_checkpoint(checkpoints):
+    folder = checkpoints / "step-00000006"
+    files = checkpoint.read_record(folder).files
+    checkpoint.check_all_seen(folder, files)
+    next(folder.glob("zero_pp_rank_1*")).rename(checkpoints / "elsewhere")
+    with pytest.raises(UserError, match="zero_pp_rank_1.* is missing. run.output must be one folder"):
+        checkpoint.check_all_seen(folder, files)
+
+
+def test_no_program_is_left_beside_the_checkpoints(checkpoints):
+    assert not list(checkpoints.rglob("*.py"))
 
 
 def test_no_whole_checkpoint_is_an_error_not_a_fresh_start(checkpoints):

@@ -73,6 +73,7 @@ def supported(name: str) -> bool:
 
 
 RUNNABLE = [name for name in NAMES if supported(name)]
+RANKS = (1, 2) if not torch.cuda.is_available() or torch.cuda.device_count() > 1 else (1,)
 
 
 def train(folder: Path, ranks: int, jobs: list[dict]) -> dict[str, int]:
@@ -105,15 +106,16 @@ def toy_run(samples, tmp_path_factory) -> tuple[Path, list[str]]:
 def trained(toy_run) -> Path:
     """Runs NAME-RANKS unbroken, and made from their middle: NAME-RANKS-resumed, -other-ranks and -next."""
     folder, overrides = toy_run
-    for ranks in (1, 2):
+    for ranks in RANKS:
         train(folder, ranks, [_job(overrides, f"{name}-{ranks}", name) for name in RUNNABLE])
-    for ranks in (1, 2):
+    for ranks in RANKS:
         jobs = []
         for number, name in enumerate(RUNNABLE):
             following = RUNNABLE[(number + 1) % len(RUNNABLE)]
             here, there = f"{name}-{ranks}", f"{name}-{3 - ranks}"
             jobs.append(_job(overrides, f"{here}-resumed", name, copy=here, resume="2"))
-            jobs.append(_job(overrides, f"{here}-other-ranks", name, copy=there, resume="2"))
+            if len(RANKS) > 1:
+                jobs.append(_job(overrides, f"{here}-other-ranks", name, copy=there, resume="2"))
             jobs.append(_job(overrides, f"{here}-next", following, copy=here, resume="2"))
         train(folder, ranks, jobs)
     return folder
@@ -137,10 +139,10 @@ def cases():
     return [pytest.param(name, marks=marks.get(name, [])) for name in NAMES]
 
 
-pytestmark = pytest.mark.xdist_group("stages")
+pytestmark = [pytest.mark.xdist_group("stages"), *([pytest.mark.gpu] if torch.cuda.is_available() else [])]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("name", cases())
 class TestEveryConfiguration:
     def test_follows_the_curve_of_fp32_without_zero(self, name, ranks, trained):
@@ -157,6 +159,7 @@ class TestEveryConfiguration:
         ours, theirs = last_weights(resumed), last_weights(unbroken)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
+    @pytest.mark.skipif(len(RANKS) == 1, reason="a rank needs a GPU of its own, and there is one")
     def test_goes_on_with_another_number_of_ranks(self, name, ranks, trained):
         moved, unbroken = trained / f"{name}-{ranks}-other-ranks", trained / f"{name}-{3 - ranks}"
         assert losses(moved)[:2] == losses(unbroken)[:2]
@@ -192,13 +195,13 @@ def _close(run: Path, unbroken: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["cpu", "zero1"])
 def test_scores_of_a_run(name, trained):
-    scores = evaluate(FinishedRun.open(trained / f"{name}-2"), probe=None)
+    scores = evaluate(FinishedRun.open(trained / f"{name}-{RANKS[-1]}"), probe=None)
     assert scores.held_out.keys() == {"qq", "kk", "vv"}
     assert all(after < before for before, after in scores.held_out.values())
 
 
 def test_going_back_sets_later_checkpoints_aside(trained):
-    run = trained / "zero1-2-resumed"
+    run = trained / f"zero1-{RANKS[-1]}-resumed"
     (aside,) = (run / "aside").iterdir()
     assert {path.name for path in aside.iterdir()} == {f"step-{STEPS:08d}", "metrics.jsonl"}
     assert [r["step"] for r in read_metrics(aside, "train")] == [1, 2, 3, 4]
@@ -216,7 +219,7 @@ def spoilt(toy_run) -> dict[str, Path]:
     save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
     names = ["fp32-stage0", "zero0", "zero1", "zero2", "zero3", "fp32-stage3"]
     more = ["optimizer.steps=8", f"teacher.model={teacher}", "logging.validation_samples=2"]
-    train(folder, 2, [_job([*overrides, *more], f"{name}-spoilt", name) for name in names])
+    train(folder, RANKS[-1], [_job([*overrides, *more], f"{name}-spoilt", name) for name in names])
     return {name: folder / f"{name}-spoilt" for name in names}
 
 
