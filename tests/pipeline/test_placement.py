@@ -7,48 +7,86 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from data_prep.errors import UserError
+from pipeline.architectures import ARCHITECTURES
 from pipeline.config import Teacher
 from pipeline.placement import choose, count_parameters, weight_files
+from tests.pipeline.test_models import small_config
 
 RANKS = textwrap.dedent(
     """
     import json, sys, torch
+    from pathlib import Path
     from pipeline import engine
     from pipeline.config import Teacher
     from pipeline.placement import Placement, start_teacher
-    kind, model = sys.argv[1:3]
     engine.init_distributed()
-    settings = Teacher(model=model, layer=5)
-    replica = start_teacher(settings, Placement(kind="replica", reason=""), {})
-    parted = start_teacher(settings, Placement(kind=kind, reason=""), {})
-    ids = torch.randint(1000, 30000, (3, 37), generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
-    mask = torch.arange(37)[None, :] < torch.tensor([37, 20, 1])[:, None]
-    with torch.no_grad():
-        ours, theirs = parted(input_ids=ids, attention_mask=mask), replica(input_ids=ids, attention_mask=mask)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs)), kind
-    held = sum(p.ds_tensor.numel() for p in parted.module.parameters())
-    whole = sum(p.numel() for p in replica.parameters())
-    shares = [None, None]
-    torch.distributed.all_gather_object(shares, held / whole)
-    if torch.distributed.get_rank() == 0:
-        print(json.dumps({"held": shares}), flush=True)
-    torch.distributed.destroy_process_group()
+    rank = torch.distributed.get_rank()
+    results = {}
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        settings = Teacher(model=case["model"], layer=case["layer"])
+        precision = {} if case["precision"] == "fp32" else {"bf16": {"enabled": True}}
+        replica = start_teacher(settings, Placement(kind="replica", reason=""), precision)
+        parted = start_teacher(settings, Placement(kind=case["kind"], reason=""), precision)
+        ids = torch.randint(5, case["vocabulary"], (3, 37), generator=torch.Generator().manual_seed(rank))
+        mask = torch.arange(37)[None, :] < torch.tensor([37, 20, 1])[:, None]
+        with torch.no_grad():
+            ours, theirs = parted(input_ids=ids, attention_mask=mask), replica(input_ids=ids, attention_mask=mask)
+        held = sum(p.ds_tensor.numel() for p in parted.module.parameters())
+        result = {
+            "same": all(torch.equal(a, b) for a, b in zip(ours, theirs)),
+            "types": sorted({str(p.dtype) for m in (parted.module, replica) for p in m.parameters()}),
+            "held": held / sum(p.numel() for p in replica.parameters()),
+        }
+        found = [None, None]
+        torch.distributed.all_gather_object(found, result)
+        results[case["name"]] = found
+        parted.destroy()
+    if rank == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    engine.leave_process_group()
     """
 )
+PRECISIONS = ("fp32", "bf16")
 
 
-@pytest.mark.parametrize("kind", ["zero3", "zero3_cpu"])
-def test_partitioned_teacher_gives_the_replicas_projections(kind, samples, port):
-    """Each of two ranks feeds its own rows, and holds about half of the weights."""
-    command = [Path(sys.executable).parent / "torchrun", "--nproc-per-node=2", f"--master-port={port}", "--no-python"]
-    command += [sys.executable, "-c", RANKS, kind, samples.teacher]
+@pytest.fixture(scope="module")
+def compared(samples, tmp_path_factory):
+    """ZeRO-3 beside the replica: the real teacher, and a random one of every architecture, in both precisions."""
+    folder = tmp_path_factory.mktemp("teachers")
+    real = dict(model=str(samples.teacher), layer=5, vocabulary=30_000)
+    cases = [dict(name=f"{kind}-fp32", kind=kind, precision="fp32", **real) for kind in ("zero3", "zero3_cpu")]
+    for model_type in ARCHITECTURES:
+        torch.manual_seed(0)
+        model = AutoModel.from_config(small_config(model_type))
+        model.save_pretrained(folder / model_type)
+        small = dict(model=str(folder / model_type), layer=3, vocabulary=model.config.vocab_size, kind="zero3")
+        cases += [dict(name=f"{model_type}-{precision}", precision=precision, **small) for precision in PRECISIONS]
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc-per-node=2", "--no-python"]
+    command += [sys.executable, "-c", RANKS, folder / "cases.json", folder / "results.json"]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     process = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr[-4000:]
-    (line,) = [line for line in process.stdout.splitlines() if '"held"' in line]
-    assert all(0.49 < share < 0.56 for share in json.loads(line)["held"])
+    return json.loads((folder / "results.json").read_text())
+
+
+NAMES = ["zero3-fp32", "zero3_cpu-fp32", *(f"{row}-{precision}" for row in ARCHITECTURES for precision in PRECISIONS)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_partitioned_teacher_gives_the_replicas_projections(name, compared):
+    """Each of two ranks feeds its own rows; the weights have the precision asked for on any processor."""
+    for result in compared[name]:
+        assert result["types"] == ["torch.bfloat16" if "bf16" in name else "torch.float32"]
+        assert result["same"]
+
+
+def test_each_rank_holds_its_share_of_a_partitioned_teacher(compared):
+    shares = [result["held"] for kind in ("zero3-fp32", "zero3_cpu-fp32") for result in compared[kind]]
+    assert all(0.49 < share < 0.56 for share in shares)
 
 
 def test_auto_decides_by_memory_and_says_why(samples):
