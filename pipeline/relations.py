@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,30 +60,41 @@ def relation_loss(
         student: [B, S, H_student] each.
         heads: relation heads A; divides both hidden sizes.
         pairs: weight of each pair, a subset of `PAIRS`; Q-Q, K-K and V-V with weight 1 unless given.
-        mask: bool [B, S], True where there is a real token; None when there is no padding.
+        mask: bool, or 0 and 1, [B, S], true where there is a real token; None when there is no padding. What teacher
+            and student hold at padding, be it NaN, does not matter.
         document_ids: int [B, S]; relations are kept between positions with equal numbers. Negative is padding.
         implementation: one of `IMPLEMENTATIONS`; `auto` takes triton on CUDA and chunked elsewhere.
 
     Raises:
         UserError: the heads do not divide the hidden sizes, or a pair or implementation is unknown.
-        ValueError: the shapes of teacher, student, mask and document_ids do not belong together.
+        ValueError: the shapes of teacher, student, mask and document_ids do not belong together, or the mask is one of
+            numbers to add to scores.
+
+    A batch without positions has a loss of 0.
     """
     pairs = {"qq": 1.0, "kk": 1.0, "vv": 1.0} if pairs is None else dict(pairs)
     _check(teacher, student, heads, pairs, mask, document_ids)
+    if mask is not None:
+        mask = mask.bool()
     if document_ids is not None:
+        if document_ids.dtype == torch.int64:  # the numbers may be of any size, and only equality counts
+            document_ids = torch.where(document_ids < 0, -1, document_ids.unique(return_inverse=True)[1]).int()
         real = document_ids >= 0
         mask = real if mask is None else mask & real
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"unknown implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if not teacher.query.shape[:2].numel():
+        nothing = sum(x.sum() for x in student).float() * 0.0
+        return RelationLoss(total=nothing, per_pair={pair: nothing.detach() for pair in pairs})
     if implementation == "auto":
-        implementation = _best_implementation(teacher, student)
+        implementation = _best_implementation(teacher, student, heads)
     if implementation == "reference":
         losses = _reference(teacher, student, heads, pairs, mask, document_ids)
         total = sum(weight * losses[i] for i, weight in enumerate(pairs.values()))
-    elif implementation in ("chunked", "triton"):
+    else:
         total, losses = _GradientInForward.apply(
             _fused(implementation), teacher, heads, pairs, mask, document_ids, _wants_gradient(student), *student
         )
-    else:
-        raise UserError(f"unknown implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
     return RelationLoss(total=total, per_pair=dict(zip(pairs, losses.detach().unbind(), strict=True)))
 
 
@@ -123,12 +135,27 @@ def _check(teacher: QKV, student: QKV, heads: int, pairs: Mapping[str, float], m
     ):
         if shape != positions:
             raise ValueError(f"teacher has [batch, positions] {tuple(positions)}, {name} has {tuple(shape)}")
+    for name, x in (("mask", mask), ("document_ids", document_ids)):
+        if x is not None and (x.is_floating_point() or x.is_complex()):
+            raise ValueError(f"{name} is of type {x.dtype}; expected booleans or whole numbers")
 
 
-def _best_implementation(teacher: QKV, student: QKV) -> str:
+def _best_implementation(teacher: QKV, student: QKV, heads: int) -> str:
     if student.query.device.type != "cuda" or _compute_dtype(*teacher, *student) == torch.float64:
         return "chunked"
-    return "triton" if importlib.util.find_spec("triton") else "chunked"
+    if not importlib.util.find_spec("triton"):
+        return "chunked"
+    from pipeline.relation_kernel import blocks_for
+
+    device = torch.cuda.get_device_properties(student.query.device)
+    if blocks_for(teacher, student, heads, device.shared_memory_per_block_optin) is not None:
+        return "triton"
+    warnings.warn(
+        f"relation heads of {teacher.query.shape[-1] // heads} and {student.query.shape[-1] // heads} dimensions do "
+        f"not fit into the shared memory of {device.name}: the loss is computed block by block, which is slower",
+        stacklevel=3,
+    )
+    return "chunked"
 
 
 def _fused(implementation: str) -> Callable[..., Tensor]:
@@ -183,8 +210,10 @@ def _reference(teacher: QKV, student: QKV, heads: int, pairs, mask: Tensor | Non
     allowed = (allowed | ~real[:, :, None])[:, None]
     losses = []
     for pair in pairs:
-        log_t = relation_log_probs(*(x.detach().to(dtype) for x in _pair_of(teacher, pair)), heads, allowed)
-        log_s = relation_log_probs(*(x.to(dtype) for x in _pair_of(student, pair)), heads, allowed)
+        # Padding is set to 0 first: 0 times NaN would be NaN.
+        x_t, y_t = (x.detach().to(dtype).masked_fill(~real[..., None], 0.0) for x in _pair_of(teacher, pair))
+        x_s, y_s = (x.to(dtype).masked_fill(~real[..., None], 0.0) for x in _pair_of(student, pair))
+        log_t, log_s = relation_log_probs(x_t, y_t, heads, allowed), relation_log_probs(x_s, y_s, heads, allowed)
         divergence = (log_t.exp() * (log_t - log_s).masked_fill(~allowed, 0.0)).sum(-1)  # [B, A, S]
         per_row = divergence.masked_fill(~real[:, None], 0.0).sum((1, 2)) / (heads * real.sum(-1).clamp(min=1))
         losses.append(per_row.mean())
@@ -200,7 +229,8 @@ class _GradientInForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, compute, teacher: QKV, heads: int, pairs, mask, documents, wants_gradient: bool, *student: Tensor):
         dtype = _compute_dtype(*teacher, *student)
-        grads = tuple(torch.zeros_like(x, dtype=dtype) for x in student) if wants_gradient else ()
+        # Contiguous whatever the student's layout is: implementations write into views of them.
+        grads = tuple(x.new_zeros(x.shape, dtype=dtype) for x in student) if wants_gradient else ()
         losses = compute(QKV(*teacher), QKV(*student), grads, heads, pairs, mask, documents)
         total = losses @ losses.new_tensor(list(pairs.values()))
         ctx.save_for_backward(*grads)

@@ -1,7 +1,8 @@
 """Triton decides when it is imported whether kernels are compiled or interpreted, so this comes before any import."""
 
 import os
-import shutil
 
-if shutil.which("nvidia-smi") is None:
+import torch
+
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

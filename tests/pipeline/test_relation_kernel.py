@@ -5,10 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from triton.runtime import interpreter
 
+from pipeline import relation_kernel
 from pipeline.qkv import QKV
+from pipeline.relation_kernel import blocks_for, tile_bytes
 from pipeline.relations import PAIRS, relation_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +37,7 @@ def compare(teacher: QKV, student: QKV, tolerance: tuple[float, float], **option
         results.append((loss, torch.autograd.grad(loss.total, inputs, allow_unused=True)))
     (got, got_grads), (expected, expected_grads) = results
     total = float(expected.total.detach())
-    scale = max(total, 1e-3)
+    scale = max(total, 1e-2)  # below it a sum of logarithms has lost its digits
     assert abs(float(got.total.detach()) - total) <= tolerance[0] * scale
     for pair, value in expected.per_pair.items():
         assert abs(float(got.per_pair[pair]) - float(value)) <= tolerance[0] * scale
@@ -135,21 +139,29 @@ from triton.compiler import ASTSource
 import triton
 from pipeline import relation_kernel as kernel
 
-def compile(function, block, capability, **constants):
-    constants |= dict(zip(("ROWS", "KEYS"), block))
+def compile(function, block, capability, width, walked, **constants):
+    # The estimate by which blocks are chosen must not be below what the compiler takes.
+    constants |= dict(zip(("ROWS", "KEYS"), block)) | dict(DT=width, DS=width, PT=width, PS=width)
+    constants |= dict(EVEN=False, WHOLE=False, GROUPED=True, PRECISION="ieee")
     kinds = dict.fromkeys(("xt", "yt", "xs", "ys"), "*bf16") | dict.fromkeys(("groups", "lengths"), "*i32")
-    kinds |= dict.fromkeys(("dx", "dy", "row_scale", "lse_t", "lse_s", "divergence"), "*fp32")
+    ends = ("top_of_t", "top_of_s", "part_t", "part_s")
+    kinds |= dict.fromkeys(("dx", "dy", "row_scale", *ends, "divergence"), "*fp32")
     kinds |= dict.fromkeys(("scale_t", "scale_s", "gradient_scale"), "fp32") | dict.fromkeys(constants, "constexpr")
     names = function.arg_names
     source = ASTSource(function, {name: kinds.get(name, "i32") for name in names},
                        constexprs={name: constants[name] for name in names if name in constants})
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert binary.asm["cubin"] and binary.metadata.shared <= 99 * 1024
+    options = dict(num_stages=kernel._STAGES, enable_fp_fusion=True)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    kept = block[1 - block.index(walked)] if block[0] != block[1] else block[0]
+    estimate = kernel.tile_bytes(2 * width * 2, kept, walked)
+    print(function.__name__, capability, width, binary.metadata.shared, estimate)
+    assert binary.asm["cubin"] and binary.metadata.shared <= 1.02 * estimate + 2048
 
-common = dict(DT=16, DS=6, PT=16, PS=16, EVEN=False, GROUPED=True, PRECISION="ieee")
 for capability in (80, 90):
-    compile(kernel._rows_kernel, kernel._ROWS_BLOCK, capability, GRADIENT=True, **common)
-    compile(kernel._columns_kernel, kernel._COLUMNS_BLOCK, capability, **common)
+    for width in (16, 128):
+        rows, columns = kernel._ROWS_BLOCKS[0], kernel._COLUMNS_BLOCKS[0]
+        compile(kernel._rows_kernel, rows, capability, width, rows[1], GRADIENT=True)
+        compile(kernel._columns_kernel, columns, capability, width, columns[0])
 """
 
 
@@ -160,3 +172,53 @@ def test_kernels_compile_for_ampere_and_hopper_without_a_gpu(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_scores_shifted_with_one_rounding_or_with_two(monkeypatch):
+    """A compiler may or may not fuse product and sum: with scores of 10^9 the gradients must be right either way."""
+    teacher, student = (random_qkv(2, 70, 8, torch.float32, scale=1e4, seed=seed) for seed in (0, 1))
+    compare(teacher, student, (1e-4, 1e-6), heads=1, pairs={"qk": 1.0})
+    if DEVICE == "cpu":
+        handle = interpreter.TensorHandle
+        plain = staticmethod(lambda x, y, z: handle(np.float32(x.data * y.data) + z.data, z.dtype.scalar))
+        monkeypatch.setattr(interpreter.interpreter_builder, "create_fma", plain, raising=False)
+        compare(teacher, student, (1e-4, 1e-6), heads=1, pairs={"qk": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("widths", "dtype", "shared_kib", "blocks"),
+    [
+        ((16, 8), torch.bfloat16, 227, ((64, 64), (64, 128))),
+        ((128, 128), torch.bfloat16, 227, ((64, 64), (64, 128))),
+        ((256, 128), torch.bfloat16, 227, ((64, 64), (64, 64))),
+        ((128, 128), torch.bfloat16, 99, ((32, 64), (64, 64))),
+        ((64, 64), torch.float32, 99, ((32, 64), (64, 64))),
+        ((256, 256), torch.float32, 99, None),
+        ((4096, 4096), torch.float32, 227, None),
+    ],
+)
+def test_blocks_fit_into_the_shared_memory_of_the_device(widths, dtype, shared_kib, blocks):
+    teacher, student = ((torch.empty(1, 1, 2 * width, dtype=dtype),) * 3 for width in widths)
+    found = blocks_for(teacher, student, 2, shared_kib << 10)
+    assert (found is None) == (blocks is None)
+    if found is None:
+        return
+    tile = sum(widths) * dtype.itemsize
+    (rows, row_keys), (columns, column_keys) = found
+    assert tile * (rows + 3 * row_keys) <= shared_kib << 10 and tile * (column_keys + 3 * columns) <= shared_kib << 10
+    assert found == blocks
+
+
+def test_estimate_of_shared_memory_is_what_the_compiler_takes():
+    """165 KB for the columns kernel at widths of 128 in bf16, 247 KB at 256 and 128, as compiled for sm_90."""
+    for widths, itemsize, compiled in (((128, 128), 2, 165e3), ((256, 128), 2, 247e3), ((64, 64), 4, 165e3)):
+        assert tile_bytes(sum(widths) * itemsize, kept=128, walked=64) == pytest.approx(compiled, rel=0.02)
+
+
+@pytest.mark.parametrize("columns_block", [(64, 64), (32, 32), (16, 16)])
+def test_smaller_blocks_give_the_same(columns_block, monkeypatch):
+    monkeypatch.setattr(relation_kernel, "_COLUMNS_BLOCKS", (columns_block,))
+    monkeypatch.setattr(relation_kernel, "_ROWS_BLOCKS", ((16, 32),))
+    mask, documents = batch("both", 3, 70)
+    teacher, student = (random_qkv(3, 70, 12, torch.float32, seed=seed) for seed in (0, 1))
+    compare(teacher, student, TOLERANCE[torch.float32], heads=3, mask=mask, document_ids=documents)
