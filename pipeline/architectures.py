@@ -29,7 +29,7 @@ class Architecture:
         attention_output: projection of the attention's output back into the residual stream.
         feed_forward_output: second projection of the feed-forward.
         final: parameters behind the last layer, other than a pooler.
-        shared: parameters that every layer's attention scores use, and nothing else.
+        shared: parameters that only layers after the first use, or every layer's attention scores and nothing else.
         layer_returns_tuple: the layer returns (hidden states, attention maps or nothing) instead of hidden states.
         has_pooler: the backbone's constructor takes `add_pooling_layer`.
         first_position: number of the first position in the position table; None: one more than the padding id.
@@ -92,7 +92,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "deberta-v2": Architecture(
         projections=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
-        shared=("encoder.rel_embeddings", "encoder.LayerNorm"),
+        shared=("encoder.rel_embeddings", "encoder.LayerNorm", "encoder.conv"),
         layer_returns_tuple=True,
         has_pooler=False,
         segments=False,
@@ -148,3 +148,19 @@ def without_pooler(config: PretrainedConfig) -> dict[str, bool]:
 def position_limit(config: PretrainedConfig) -> int:
     """Longest sample in positions that a model of this configuration takes."""
     return config.max_position_embeddings - architecture_of(config).position_offset(config)
+
+
+def mixes_neighbours(config: PretrainedConfig) -> bool:
+    """Whether something else than attention lets positions see each other: DeBERTa-v2's convolution."""
+    return bool(getattr(config, "conv_kernel_size", 0))
+
+
+def require_activation_checkpointing(config: PretrainedConfig) -> None:
+    """Refuse a configuration whose model cannot compute its activations again."""
+    from transformers import MODEL_MAPPING
+
+    if not MODEL_MAPPING[type(config)].supports_gradient_checkpointing:
+        raise UserError(
+            f"{config.model_type} models cannot compute their activations again in the backward pass: take the section "
+            "activation_checkpointing out of the DeepSpeed configuration"
+        )

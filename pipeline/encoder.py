@@ -17,7 +17,12 @@ from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from pipeline import cpu_attention
-from pipeline.architectures import Architecture, architecture_of
+from pipeline.architectures import (
+    Architecture,
+    architecture_of,
+    mixes_neighbours,
+    require_activation_checkpointing,
+)
 from pipeline.pieces import segments
 from pipeline.qkv import QKV
 
@@ -40,7 +45,7 @@ class RelationEncoder(nn.Module):
         self.backbone = backbone
         self.architecture = architecture_of(backbone.config)
         self.layers = None if layers is None else tuple(layers)
-        self.is_compiled = False
+        self.is_compiled = self._always_masked = False
         depth = len(self.architecture.layer_list(backbone))
         if layers is not None and (not layers or sorted(set(layers)) != list(layers) or layers[-1] != depth):
             raise UserError(f"layers {list(layers)} must rise and end with the last layer that is run, {depth}")
@@ -64,6 +69,13 @@ class RelationEncoder(nn.Module):
             position_ids: int64 [batch, positions], counted from 0; None: the model's own numbering.
             document_ids: int [batch, positions]; attention stays inside positions of equal number. None: no borders.
         """
+        if document_ids is not None and mixes_neighbours(self.config):
+            raise UserError(
+                f"a {self.config.model_type} with a convolution (conv_kernel_size) lets documents of a window see each "
+                'other: use data.attention = "window"'
+            )
+        if attention_mask is None and self._always_masked:
+            attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
         if position_ids is not None:
             position_ids = position_ids + self.architecture.position_offset(self.config)
         if self._fits_cpu_attention(input_ids, attention_mask):
@@ -73,14 +85,28 @@ class RelationEncoder(nn.Module):
             self.backbone(input_ids, attention_mask=mask, position_ids=position_ids)
         return self._result(found)
 
-    def compile_layers(self, **options: Any) -> None:
-        """Compile every layer but the last, of which only the projections run; `options` are torch.compile's.
+    def compile_layers(self, *, ragged: bool = False, **options: Any) -> None:
+        """Compile every layer that runs as it is: not the last, of which only the projections run, nor those watched.
 
         One layer is compiled once and serves for all, so this takes seconds, not minutes.
+
+        Args:
+            ragged: batches differ in length and in whether they hold padding; one compiled form serves all of them.
+            options: torch.compile's.
         """
-        for layer in self.architecture.layer_list(self.backbone)[:-1]:
-            layer.compile(**options)
-        self.is_compiled = True
+        for number, layer in enumerate(self.architecture.layer_list(self.backbone)[:-1], start=1):
+            if number not in (self.layers or ()):
+                layer.compile(**({"dynamic": True} if ragged else {}), **options)
+        self.is_compiled, self._always_masked = True, ragged
+
+    def checkpoint_activations(self) -> None:
+        """Compute the layers' activations again in the backward pass instead of keeping them.
+
+        Raises:
+            UserError: the architecture does not know how.
+        """
+        require_activation_checkpointing(self.config)
+        self.backbone.gradient_checkpointing_enable()
 
     def _result(self, found: dict[int, QKV]) -> QKV | tuple[QKV, ...]:
         ordered = tuple(found[layer] for layer in sorted(found))

@@ -99,7 +99,7 @@ def start_student(model: torch.nn.Module, options: Optimizer, config: dict[str, 
     if offload(config, "param")["device"] == "nvme":
         load_async_io()
     if "activation_checkpointing" in config:
-        model.backbone.gradient_checkpointing_enable()
+        model.checkpoint_activations()
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     engine, _, _, _ = import_deepspeed().initialize(
         model=model,

@@ -9,10 +9,11 @@ from data_prep.errors import UserError
 from data_prep.shards import Corpus
 from data_prep.tokenizer import Tokenizer
 from pipeline import checkpoint, deepspeed_config
+from pipeline.architectures import mixes_neighbours, require_activation_checkpointing
 from pipeline.build import data_options, student_shape, teacher_settings
 from pipeline.config import Recipe
 from pipeline.loader import SampleSet, validation_batches
-from pipeline.models import position_limit
+from pipeline.models import position_limit, student_config
 from pipeline.operators import require_async_io
 from pipeline.student_init import TAIL_INITS, parse_init
 
@@ -35,7 +36,16 @@ def check(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> Corp
     teacher = teacher_settings(recipe)
     sizes = dict(layers=teacher.num_hidden_layers, hidden=teacher.hidden_size, positions=position_limit(teacher))
     check_against_teacher(recipe, **sizes)
-    _check_init(recipe.student.init, recipe.student.tail_init, student_shape(recipe).layers, teacher.num_hidden_layers)
+    shape = student_shape(recipe)
+    student = student_config(shape, teacher, family=recipe.student.family, dropout=recipe.student.dropout)
+    if "activation_checkpointing" in ds_config:
+        require_activation_checkpointing(student)
+    if recipe.data.attention == "document" and (mixes_neighbours(teacher) or mixes_neighbours(student)):
+        raise UserError(
+            'data.attention = "document", but a convolution of this model (conv_kernel_size) lets the documents of a window'
+            ' see each other: use "window"; with data.packing = "none" no window holds two documents'
+        )
+    _check_init(recipe.student.init, recipe.student.tail_init, shape.layers, teacher.num_hidden_layers)
     corpus = Corpus.open(recipe.data.corpus)
     _check_bytes(recipe, corpus)
     _check_tokenizer(corpus, recipe.teacher.model)

@@ -131,7 +131,7 @@ class Distillation:
 
     def compile_layers(self) -> None:
         for model in (self.teacher, self.student):
-            getattr(model, "module", model).compile_layers()
+            getattr(model, "module", model).compile_layers(ragged=self.recipe.data.packing == "none")
 
     @property
     def samples_seen(self) -> int:

@@ -265,3 +265,71 @@ def test_teacher_loads_in_the_asked_precision(saved):
     teacher = load_teacher(str(saved("bert")), layer=2, dtype=torch.bfloat16)
     ids, mask = padded_batch()
     assert isinstance(teacher, RelationEncoder) and teacher(ids, mask).value.dtype == torch.bfloat16
+
+
+def test_convolution_of_deberta_is_tail_when_nothing_follows_it_and_refused_inside_documents():
+    config = small_config("deberta-v2")
+    config.conv_kernel_size, config.conv_act = 3, "gelu"
+    ids = torch.randint(5, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    for layers, is_tail in ((1, True), (2, False)):
+        student = build_student(StudentShape.parse(f"{layers}x12", heads=2), config, dropout=0.0)
+        conv = [name for name, _ in student.named_parameters() if ".conv." in name]
+        assert conv and (set(conv) <= set(tail_parameter_names(student))) == is_tail
+        sum(x.sum() for x in student(ids)).backward()
+        missing = [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None]
+        assert not [name for name in missing if ".conv." in name]
+    with pytest.raises(UserError, match="lets documents of a window see each other"):
+        student(ids, document_ids=torch.zeros_like(ids))
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_activations_are_computed_again_or_that_is_refused(model_type):
+    student = build_student(SHAPE, small_config(model_type), dropout=0.0)
+    if model_type == "mpnet":
+        with pytest.raises(UserError, match="mpnet models cannot compute their activations again"):
+            student.checkpoint_activations()
+        return
+    ids = torch.randint(5, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    before = [x.detach() for x in student(ids)]
+    student.checkpoint_activations()
+    after = student(ids)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(after, before, strict=True))
+    sum(x.sum() for x in after).backward()
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled_layers_may_be_watched():
+    """Several layers compared: those whose projections are looked at run as they are."""
+    torch._dynamo.reset()
+    ids = torch.randint(5, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    student = build_student(StudentShape.parse("4x12", heads=2), small_config("bert"), dropout=0.0, layers=[2, 4])
+    student.eval()
+    expected = student(ids)
+    began = graphs()
+    student.compile_layers(backend="eager")
+    for ours, theirs in zip(student(ids), expected, strict=True):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+    assert graphs() > began
+
+
+def test_one_compiled_form_serves_batches_of_any_length():
+    torch._dynamo.reset()
+    student = build_student(StudentShape.parse("3x12", heads=2), small_config("bert"), dropout=0.0).eval()
+    lengths = (9, 17, 12, 31, 33, 7, 21, 40, 8, 13, 26, 39)
+    batches = []
+    for number, length in enumerate(lengths):
+        ids = torch.randint(5, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(number))
+        batches.append((ids, torch.arange(length) < torch.tensor([length, 5])[:, None] if number % 3 else None))
+    with torch.no_grad():
+        expected = [student(ids, mask) for ids, mask in batches]
+        student.compile_layers(ragged=True, backend="eager")
+        student(*batches[0])
+        began = graphs()
+        for (ids, mask), theirs in zip(batches, expected, strict=True):
+            real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+            for a, b in zip(student(ids, mask), theirs, strict=True):
+                torch.testing.assert_close(a[real], b[real], rtol=1e-4, atol=1e-5)
+    assert graphs() - began <= 1
