@@ -20,7 +20,7 @@ from data_prep import durable
 from data_prep.errors import UserError
 from pipeline.architectures import without_pooler
 from pipeline.build import fresh_student, teacher_settings
-from pipeline.export import export, load_exported, model_card
+from pipeline.export import export, load_exported, mark, model_card
 from pipeline.monitor import read_metrics
 from pipeline.run_folder import FinishedRun
 
@@ -72,7 +72,7 @@ def evaluate(run: FinishedRun, *, probe: Path | None, texts: int = 1200, seq_tok
 
     task = read_probe(probe, texts=texts, seed=seed) if probe else None
     folder = export(run)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     models = {name: model.eval() for name, model in load_models(run, folder).items()}
     accuracy = {}
     if task:
@@ -94,6 +94,7 @@ def evaluate(run: FinishedRun, *, probe: Path | None, texts: int = 1200, seq_tok
     )
     durable.write(folder / "scores.json", json.dumps(asdict(scores), indent=1))
     durable.write(folder / "README.md", model_card(run, run.student(), describe(scores)))
+    mark(folder, ["scores.json", "README.md"], run=run.name, step=run.record.step)
     return scores
 
 
@@ -130,7 +131,7 @@ def load_models(run: FinishedRun, folder: Path) -> dict[str, nn.Module]:
     from transformers import AutoModel
 
     recipe = run.recipe
-    trust = dict(trust_remote_code=recipe.teacher.trust_remote_code)
+    trust = dict(trust_remote_code=recipe.teacher.trust_remote_code, dtype=torch.float32)
     return {
         "teacher": AutoModel.from_pretrained(recipe.teacher.model, **trust, **without_pooler(teacher_settings(recipe))),
         "student": load_exported(folder),

@@ -1,12 +1,16 @@
 """A checkpoint becomes a Hugging Face folder: safetensors, tokenizer, and a model card of the run's own record."""
 
+import json
+import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from data_prep import durable
 from data_prep.errors import UserError
 from pipeline.architectures import without_pooler
 from pipeline.models import RelationEncoder, tail_parameter_names
@@ -17,24 +21,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+MARKER = "minilm-export.json"
+_KIND = "minilmv2-deepspeed export"
+
+
 def load_exported(folder: Path) -> "PreTrainedModel":
-    """The model of an exported folder, in eval mode, without the pooler that it was never given."""
+    """The model of an exported folder, in fp32 and eval mode, without the pooler that it was never given."""
     from transformers import AutoConfig, AutoModel
 
-    return AutoModel.from_pretrained(folder, **without_pooler(AutoConfig.from_pretrained(folder))).eval()
+    plain = dict(trust_remote_code=False)
+    config = AutoConfig.from_pretrained(folder, **plain)
+    return AutoModel.from_pretrained(folder, dtype=torch.float32, **plain, **without_pooler(config)).eval()
 
 
 def export(run: FinishedRun, out: Path | None = None) -> Path:
     """Write the student of a checkpoint as a folder for `AutoModel` and `AutoTokenizer`; returns the folder.
 
-    The folder appears at once, when it is whole; an earlier export of the same run is replaced.
+    The folder appears at once, when it is whole. An earlier export of the same run is replaced; files that somebody has
+    put beside it stay.
 
     Raises:
-        UserError: `out` is something else than an earlier export.
+        UserError: `out` holds something else than an earlier export of this run, or one that was changed by hand.
     """
     out = out or run.folder / EXPORT
-    if out.exists() and any(out.iterdir()) and not (out / "model.safetensors").is_file():
-        raise UserError(f"{out} is not empty and is no exported model; nothing was written. Give another --out.")
+    beside = _check_replaceable(out, run.name)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
         fresh = Path(scratch) / "model"
@@ -43,11 +53,62 @@ def export(run: FinishedRun, out: Path | None = None) -> Path:
         student.backbone.save_pretrained(fresh)
         (fresh / "README.md").write_text(model_card(run, student), encoding="utf-8")
         _check_reload(student.backbone, fresh)
-        fresh.chmod(0o755)
+        mark(fresh, [path.name for path in fresh.iterdir()], run=run.name, step=run.record.step)
+        _obey_umask(fresh)
         if out.exists():
+            for name in beside:
+                (out / name).rename(fresh / name)
             out.rename(Path(scratch) / "old")
         fresh.rename(out)
     return out
+
+
+def mark(folder: Path, names: Iterable[str], *, run: str, step: int) -> None:
+    """Note which files of a folder are this program's, with their checksums, and of which run."""
+    before = _read_marker(folder).get("files", {})
+    files = before | {name: durable.sha256(folder / name) for name in names}
+    record = dict(kind=_KIND, run=run, step=step, files=files)
+    durable.write(folder / MARKER, json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def _read_marker(folder: Path) -> dict[str, Any]:
+    try:
+        marker = json.loads((folder / MARKER).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return marker if isinstance(marker, dict) and marker.get("kind") == _KIND else {}
+
+
+def _check_replaceable(out: Path, run: str) -> list[str]:
+    """Names of what somebody else has put into the folder of an earlier export; refuses all but such a folder."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; nothing was written. Give another --out.")
+    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    marker = _read_marker(out)
+    if not names:
+        return []
+    if marker.get("run") != run or not isinstance(marker.get("files"), dict):
+        raise UserError(
+            f"{out} is not empty and no earlier export of this run ({MARKER} would say so); nothing was written. Give "
+            "another --out."
+        )
+    ours = marker["files"]
+    own = [name for name in names if name in ours]
+    if changed := [n for n in own if not (out / n).is_file() or durable.sha256(out / n) != ours[n]]:
+        raise UserError(
+            f"{', '.join(changed)} in {out} was changed since it was exported; nothing was written. Give another "
+            "--out, or move that folder away."
+        )
+    return [name for name in names if name not in ours and name != MARKER]
+
+
+def _obey_umask(folder: Path) -> None:
+    """Files written aside are the writer's alone; an exported model is as readable as any file that one makes."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
+    folder.chmod(0o777 & ~umask)
 
 
 def model_card(run: FinishedRun, student: RelationEncoder, scores: dict[str, Any] | None = None) -> str:
@@ -94,7 +155,7 @@ def _check_reload(model, folder: Path) -> None:
     """The folder must give back the same model: the same last hidden state for the same tokens."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokens = tokenizer("The exported model computes what the trained one did.", return_tensors="pt")
     with torch.no_grad():
         ours = model.eval()(**tokens).last_hidden_state

@@ -15,6 +15,7 @@ from pipeline.config import Recipe
 from pipeline.loader import SampleSet, validation_batches
 from pipeline.models import position_limit, student_config
 from pipeline.operators import require_async_io
+from pipeline.run_folder import CHECKPOINTS, check_claimable
 from pipeline.student_init import TAIL_INITS, parse_init
 
 
@@ -42,8 +43,8 @@ def check(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> Corp
         require_activation_checkpointing(student)
     if recipe.data.attention == "document" and (mixes_neighbours(teacher) or mixes_neighbours(student)):
         raise UserError(
-            'data.attention = "document", but a convolution of this model (conv_kernel_size) lets the documents of a window'
-            ' see each other: use "window"; with data.packing = "none" no window holds two documents'
+            'data.attention = "document", but a convolution of this model (conv_kernel_size) lets documents see each '
+            'other: use "window"; with data.packing = "none" no window holds two documents'
         )
     _check_init(recipe.student.init, recipe.student.tail_init, shape.layers, teacher.num_hidden_layers)
     corpus = Corpus.open(recipe.data.corpus)
@@ -62,9 +63,10 @@ def find_checkpoint(recipe: Recipe, corpus: Corpus, resume: str) -> checkpoint.R
         resume: "auto", "never" or a step, see `checkpoint.find`.
 
     Raises:
-        UserError: no checkpoint is whole, or it belongs to another recipe or corpus.
+        UserError: the folder is not a run's, no checkpoint is whole, or it belongs to another recipe or corpus.
     """
-    checkpoints = Path(recipe.run.output) / "checkpoints"
+    check_claimable(Path(recipe.run.output))
+    checkpoints = Path(recipe.run.output) / CHECKPOINTS
     record = checkpoint.find(checkpoints, resume)
     if record is not None:
         ours = dict(recipe=recipe.learned(), corpus_fingerprint=corpus.fingerprint)

@@ -1,10 +1,20 @@
-"""A run's folder: what the trainer puts there, and how it is read without the teacher, a GPU or a process group."""
+"""A run's folder: whose it is, what the trainer puts there, and how it is read without the teacher, a GPU or a group.
 
+A folder is taken only if it is new, empty, or marked as a run's by `run.json`, which also gives the run a name that
+what is exported from it bears. For the life of a job rank 0 holds a lock on `run.lock`: a POSIX record lock, which
+network file systems know too, and which goes with the process or its machine, however they end.
+"""
+
+import errno
+import fcntl
 import json
-import shutil
+import os
+import socket
+import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data_prep import durable
 from data_prep.errors import UserError
@@ -14,7 +24,101 @@ from pipeline.architectures import without_pooler
 from pipeline.config import Recipe, load_recipe, write_recipe
 from pipeline.models import RelationEncoder
 
-CHECKPOINTS, MODEL, EXPORT = "checkpoints", "model", "export"
+CHECKPOINTS, MODEL, EXPORT, MARKER, LOCK = "checkpoints", "model", "export", "run.json", "run.lock"
+_KIND = "minilmv2-deepspeed run"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+
+
+def check_claimable(output: Path) -> None:
+    """Refuse a folder that holds something else than a run; nothing is touched.
+
+    Raises:
+        UserError: `output` is a file, or a folder with other people's files.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"run.output = {str(output)!r} is a file: give a folder that is new, empty or a run's")
+    if read_marker(output) is None and output.is_dir() and (others := _names(output)):
+        raise UserError(
+            f"run.output = {str(output)!r} holds files that no run wrote ({', '.join(others[:3])}"
+            f"{', ...' if len(others) > 3 else ''}); nothing was written. Give a folder that is new, empty or a run's."
+        )
+
+
+def _names(folder: Path) -> list[str]:
+    """What is in a folder, but for a lock that was taken a moment ago."""
+    return sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+
+
+def read_marker(folder: Path) -> dict[str, Any] | None:
+    """What the folder of a run says of itself, such as its name in `run`; None if it is no run's."""
+    try:
+        marker = json.loads((folder / MARKER).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return marker if isinstance(marker, dict) and marker.get("kind") == _KIND else None
+
+
+class Claim:
+    """A run's folder held by this process; `close` or the end of the process lets go of it.
+
+    Raises:
+        UserError: the folder is not a run's, or another job writes to it.
+    """
+
+    def __init__(self, output: Path) -> None:
+        check_claimable(output)
+        output.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] | None = _locked(output / LOCK)
+        if read_marker(output) is None:
+            marker = {"kind": _KIND, "format_version": 1, "run": uuid.uuid4().hex}
+            durable.write(output / MARKER, json.dumps(marker, indent=1) + "\n")
+        self.run: str = read_marker(output)["run"]
+
+    def close(self) -> None:
+        """Let another job have the folder."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _locked(path: Path) -> IO[str]:
+    """The lock's file, open and locked; who holds it is written inside, for the message that others get."""
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            print(f"the file system of {path.parent} knows no locks: only one job may write there", flush=True)
+            return file
+        file.seek(0)
+        holder = file.read().strip() or "another job"
+        file.close()
+        raise UserError(
+            f"{path.parent} is being written by {holder}. Wait for it, stop it, or use another run.output."
+        ) from None
+    file.truncate(0)
+    began = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {began}\n")
+    file.flush()
+    return file
+
+
+def check_shared(output: Path, run: str, *, patience_seconds: float = 10.0) -> None:
+    """Refuse a folder that this rank does not see as rank 0 does, which has just claimed it.
+
+    Args:
+        output: the run's folder.
+        run: its name.
+        patience_seconds: network file systems show new files late.
+    """
+    deadline = time.monotonic() + patience_seconds
+    while (read_marker(output) or {}).get("run") != run:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"run.output = {str(output)!r} is another folder here than on rank 0's machine: give one that all "
+                "machines share"
+            )
+        time.sleep(0.2)
 
 
 def describe(output: Path, recipe: Recipe, ds_config: dict[str, Any], corpus: Corpus, student: RelationEncoder) -> None:
@@ -22,7 +126,9 @@ def describe(output: Path, recipe: Recipe, ds_config: dict[str, Any], corpus: Co
     output.mkdir(parents=True, exist_ok=True)
     write_recipe(recipe, output / "recipe.toml")
     durable.write(output / "deepspeed.json", json.dumps(ds_config, indent=2))
-    shutil.copytree(corpus.folder / "tokenizer", output / MODEL, dirs_exist_ok=True)
+    (output / MODEL).mkdir(exist_ok=True)
+    for file in sorted((corpus.folder / "tokenizer").iterdir()):
+        durable.write(output / MODEL / file.name, file.read_bytes())  # not the modes of a corpus that may be read-only
     student.config.save_pretrained(output / MODEL)
 
 
@@ -44,12 +150,25 @@ class FinishedRun:
             raise UserError(f"the run in {folder} has saved no checkpoint yet")
         return cls(folder=folder, recipe=load_recipe(str(folder / "recipe.toml")), record=record)
 
+    @property
+    def name(self) -> str:
+        """Of the run, for what is made from it."""
+        return (read_marker(self.folder) or {}).get("run", "")
+
     def student(self) -> RelationEncoder:
-        """The student with the checkpoint's weights, in fp32 on the CPU."""
+        """The student with the checkpoint's weights, in fp32 on the CPU.
+
+        Raises:
+            UserError: the configuration asks for code of its own, or the weights are not this student's.
+        """
         from transformers import AutoConfig, AutoModel
 
-        config = AutoConfig.from_pretrained(self.folder / MODEL)
-        encoder = RelationEncoder(AutoModel.from_config(config, **without_pooler(config)))
-        weights = checkpoint.read_weights(self.folder / CHECKPOINTS / checkpoint.tag_of(self.record.step))
-        encoder.load_state_dict(weights, strict=True)
+        try:
+            config = AutoConfig.from_pretrained(self.folder / MODEL, trust_remote_code=False)
+            encoder = RelationEncoder(AutoModel.from_config(config, trust_remote_code=False, **without_pooler(config)))
+            weights = checkpoint.read_weights(self.folder / CHECKPOINTS / checkpoint.tag_of(self.record.step))
+            encoder.load_state_dict(weights, strict=True)
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"the student in {self.folder / MODEL} cannot be made: {reason}") from error
         return encoder.eval()

@@ -59,15 +59,26 @@ def distill(
     corpus = preflight.check(recipe, ds_config, world_size=world_size)
     engine.init_distributed()
     record = ranks.decided_by_rank_0(lambda: preflight.find_checkpoint(recipe, corpus, resume))
-    run = Distillation(recipe, deepspeed_config.merge(recipe, ds_config, world_size=world_size), corpus, record)
-    if compile_layers:
-        run.compile_layers()
-    on_start()
-    try:
+    merged = deepspeed_config.merge(recipe, ds_config, world_size=world_size)
+    with _claimed(Path(recipe.run.output)), contextlib.closing(Distillation(recipe, merged, corpus, record)) as run:
+        if compile_layers:
+            run.compile_layers()
+        on_start()
         with profiler(run.output, run.rank) if profile else contextlib.nullcontext() as tracer:
             return run.train(stop_at_step, after_step=tracer.step if tracer else lambda: None)
-    finally:
-        run.close()
+
+
+@contextlib.contextmanager
+def _claimed(output: Path) -> Iterator[None]:
+    """The run's folder held by rank 0 for all ranks, which see that it is the same one."""
+    with contextlib.ExitStack() as held:
+
+        def claim() -> str:
+            return held.enter_context(contextlib.closing(run_folder.Claim(output))).run
+
+        run = ranks.decided_by_rank_0(claim)
+        ranks.all_agree(lambda: run_folder.check_shared(output, run))
+        yield
 
 
 class Distillation:

@@ -1,3 +1,5 @@
+import json
+import os
 import shutil
 
 import pytest
@@ -5,7 +7,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from data_prep.errors import UserError
-from pipeline.export import export
+from pipeline.export import MARKER, export
 from pipeline.monitor import read_metrics
 from pipeline.run_folder import FinishedRun
 
@@ -51,18 +53,62 @@ def test_card_tells_of_this_run(runs, exported):
     assert "was not trained" in card
 
 
-def test_export_replaces_an_export_and_nothing_else(runs, tmp_path):
+def test_an_earlier_export_is_replaced_and_what_is_beside_it_stays(runs, tmp_path):
     run = FinishedRun.open(runs.unbroken)
     target = export(run, tmp_path / "model")
-    (target / "stale.txt").write_text("old")
-    assert export(run, target) == target and not (target / "stale.txt").exists()
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="nothing was written"):
-        export(run, precious)
-    assert [path.name for path in precious.iterdir()] == ["thesis.txt"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "precious"]
+    (target / "notes.txt").write_text("mine")
+    (target / "figures").mkdir()
+    (target / "figures" / "loss.svg").write_text("mine")
+    first = (target / "model.safetensors").stat().st_ino
+    assert export(run, target) == target and (target / "model.safetensors").stat().st_ino != first
+    assert (target / "notes.txt").read_text() == (target / "figures" / "loss.svg").read_text() == "mine"
+    (target / "README.md").write_text("my own card")
+    with pytest.raises(UserError, match="README.md in .* was changed since it was exported; nothing was written"):
+        export(run, target)
+    assert (target / "README.md").read_text() == "my own card"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_nothing_else_is_replaced(runs, samples, tmp_path):
+    """A teacher's folder holds a model.safetensors too."""
+    run = FinishedRun.open(runs.unbroken)
+    thesis, teacher, other = tmp_path / "thesis", tmp_path / "teacher", tmp_path / "other"
+    thesis.mkdir()
+    (thesis / "thesis.txt").write_text("mine")
+    shutil.copytree(samples.teacher, teacher)
+    shutil.copytree(export(run, tmp_path / "exported"), other)
+    marker = json.loads((other / MARKER).read_text())
+    (other / MARKER).write_text(json.dumps({**marker, "run": "another"}))
+    (tmp_path / "file").write_text("mine")
+    for folder in (thesis, teacher, other, tmp_path / "file"):
+        before = _contents(folder)
+        with pytest.raises(UserError, match="nothing was written"):
+            export(run, folder)
+        assert _contents(folder) == before
+    assert not list(tmp_path.glob(".export-*"))
+
+
+def _contents(path):
+    return {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in (path, *path.rglob("*"))}
+
+
+def test_exported_files_obey_the_umask(exported):
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in exported.iterdir()} == {0o666 & ~umask}
+    assert exported.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_code_that_comes_with_a_run_is_not_run(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs.unbroken, run)
+    config = json.loads((run / "model" / "config.json").read_text())
+    config |= {"model_type": "unheard-of", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    (run / "model" / "config.json").write_text(json.dumps(config))
+    (run / "model" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UserError, match="cannot be made"):
+        export(FinishedRun.open(run))
+    assert not (tmp_path / "ran").exists() and not (run / "export").exists()
 
 
 def test_a_folder_that_is_no_run_is_named(runs, tmp_path):
