@@ -191,8 +191,10 @@ def _find_files(source: Source) -> list[str]:
     if not found:
         raise UserError(f"source {source.kind}:{path}: {expected}. Check the path.")
     for name in found:
-        if not os.access(name, os.R_OK):
-            raise UserError(f"source {source.kind}: {name} cannot be read (permission denied).")
+        try:
+            open(name, "rb").close()
+        except OSError as error:
+            raise UserError(f"source {source.kind}: {name} cannot be read ({error.strerror}).") from None
     return [os.path.abspath(name) for name in found]
 
 

@@ -1,8 +1,9 @@
 """The command `minilm`: thin wrappers that read arguments, call one function and print what it returns."""
 
+import errno
 import os
+import socket
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -18,8 +19,8 @@ def main() -> None:
     _quiet_libraries()
     try:
         minilm.main(prog_name="minilm", standalone_mode=False)
-    except UserError as error:
-        click.echo(f"minilm: error: {error}", err=True)
+    except (UserError, OSError) as error:
+        click.echo(f"minilm: error: {_words_of(error)}", err=True)
         sys.exit(EXIT_USER_ERROR)
     except click.ClickException as error:
         error.show()
@@ -27,6 +28,24 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("minilm: interrupted", err=True)
         sys.exit(130)
+
+
+# What is wrong with a path or a full disk of the user's. Anything else, such as a disk that fails, is no mistake.
+_USERS_ERRNO = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_USERS_ERRNO += (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTEMPTY, errno.EEXIST)
+
+
+def _words_of(error: Exception) -> str:
+    """A mistake in words; raises what is none."""
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, OSError):
+        if error.errno not in _USERS_ERRNO:
+            raise error
+        name = str(error.filename or "")
+        shown = f"{name[:60]}...{name[-20:]}" if len(name) > 200 else name
+        return f"{shown}: {error.strerror}" if name else f"{error.strerror}"
+    return str(error)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -139,12 +158,11 @@ def distill_rank() -> None:
     status = RankStatus()
     try:
         code = _distill_rank.main(prog_name="distill.sh", standalone_mode=False, obj=status)
-    except (UserError, click.ClickException) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-            print(f"distill: error: {message}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # the launcher ends all ranks with the first: leave local rank 0 time for the message
+    except (UserError, OSError, click.ClickException) as error:
+        words = _words_of(error)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            words += f" [rank {os.environ.get('RANK')} on {socket.gethostname()}]"
+        status.say_once(f"distill: error: {words}")
         code = EXIT_USER_ERROR
     status.write(code)
     sys.exit(code)
@@ -191,7 +209,8 @@ def evaluate(run: Path, step: int | None, probe: Path | None, texts: int) -> Non
 def _console():
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 120)
+    # Names of files and sources are shown as they are: brackets in them are no markup.
+    return Console(width=None if sys.stdout.isatty() else 120, markup=False)
 
 
 @minilm.command()

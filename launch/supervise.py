@@ -31,6 +31,8 @@ FINAL_CODES = (0, 2, 3, REQUEUE)  # done, the user's mistake, diverged, asked to
 GRACE_SECONDS = 120
 RESTART_SECONDS = 5
 REPEAT_SECONDS = 5
+SAY_SECONDS = 10
+_SAID = ".said"
 _LAUNCHER_VALUES = (
     *("--num_gpus", "--num_nodes", "--hostfile", "--include", "--exclude", "--node_rank"),
     *("--master_addr", "--master_port", "--launcher", "--launcher_args"),
@@ -55,6 +57,7 @@ def launch(arguments: list[str]) -> int:
         if code in FINAL_CODES and (code != REQUEUE or job.signalled) or job.signalled or restarts == 0:
             return code
         restarts -= 1
+        job.go_on()
         print(f"the job ended with code {code}; starting it again ({restarts} restarts left)", file=sys.stderr)
         time.sleep(RESTART_SECONDS)
         if job.signalled:
@@ -101,6 +104,8 @@ class RankStatus:
     def __init__(self) -> None:
         folder = os.environ.get(STATUS)
         self._path = Path(folder) / os.environ.get("RANK", "0") if folder and Path(folder).is_dir() else None
+        job = f"minilm-{os.getuid()}-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}"
+        self._said = self._path.with_name(_SAID) if self._path else Path(tempfile.gettempdir()) / f"{job}{_SAID}"
         self.write(STARTING)
 
     def running(self) -> None:
@@ -109,6 +114,25 @@ class RankStatus:
     def write(self, status: int | str) -> None:
         if self._path is not None:
             self._path.write_text(str(status))
+
+    def say_once(self, words: str) -> None:
+        """Print on standard error what went wrong, unless another rank of this machine has said why it ends.
+
+        The launcher ends all ranks with the first that ends: the others wait until the words are out.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - self._said.stat().st_mtime > SAY_SECONDS:
+                self._said.unlink()  # of another job, which had this one's parent and port by chance
+        try:
+            with self._said.open("x") as said:
+                print(words, file=sys.stderr, flush=True)
+                said.write(words)
+        except FileExistsError:
+            deadline = time.monotonic() + SAY_SECONDS
+            while not self._said.stat().st_size and time.monotonic() < deadline:
+                time.sleep(0.05)
+        except OSError:
+            print(words, file=sys.stderr, flush=True)
 
 
 class _Job:
@@ -125,6 +149,11 @@ class _Job:
         for number in FORWARDED:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
                 signal.signal(number, self._note)
+
+    def go_on(self) -> None:
+        """From the newest checkpoint at the next start, wherever the first one was told to begin."""
+        if "--resume=auto" not in self._command:
+            self._command.append("--resume=auto")
 
     @property
     def signalled(self) -> bool:
@@ -152,7 +181,8 @@ class _Job:
 
     def _statuses(self) -> list[str]:
         """What the ranks of this machine say; see `RankStatus`."""
-        return [path.read_text() for path in self._status.iterdir()] if self._status else []
+        files = self._status.iterdir() if self._status else ()
+        return [path.read_text() for path in files if path.name != _SAID]
 
     def _note(self, number: int, frame) -> None:
         self._signal = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM

@@ -150,7 +150,7 @@ def why_torn(checkpoint: Path, *, checksums: bool = False) -> str | None:
         record = read_record(checkpoint)
     except FileNotFoundError:
         return "it was never finished (no completion record)"
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         return f"its completion record cannot be read ({error})"
     return _difference(checkpoint, record.files, checksums=checksums)
 

@@ -1,17 +1,22 @@
 """What a run says while it runs: metrics.jsonl for programs, TensorBoard for people, one line for the terminal."""
 
+import contextlib
 import json
+import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data_prep import durable
+
 METRICS = "metrics.jsonl"
+METRICS_BYTES = 256 << 20  # a file that passes this loses every second of its older training records
 
 
 class RunLog:
@@ -34,10 +39,11 @@ class RunLog:
         self._bar = None
         if not is_main:
             return
-        path = output / METRICS
-        kept = [line for line in read_metrics(output) if line["step"] <= first_step] if first_step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._path = output / METRICS
+        kept = (r for r in iterate_metrics(output) if r["step"] <= first_step) if first_step else ()
+        durable.write_chunks(self._path, map(_line, kept))
+        self._file = self._path.open("ab", buffering=0)
+        self._complained: set[str] = set()
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -47,8 +53,31 @@ class RunLog:
         """Write one record: nested dictionaries become TensorBoard tags joined by `/`."""
         if not self._is_main:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._write_events([(f"{kind}/{tag}", value, step) for tag, value in _flatten(values)])
+        self._try(METRICS, lambda: self._append({"kind": kind, "step": step, **values}))
+        events = [(f"{kind}/{tag}", value, step) for tag, value in _flatten(values)]
+        self._try("TensorBoard's events", lambda: self._write_events(events))
+
+    def _append(self, record: dict[str, Any]) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            self._file.write(_line(record))
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)  # no half line for the next one to be joined to
+            raise
+        if end > METRICS_BYTES:
+            self._file.close()
+            durable.write_chunks(self._path, map(_line, thinned(iterate_metrics(self._path.parent))))
+            self._file = self._path.open("ab", buffering=0)
+
+    def _try(self, what: str, write: Callable[[], None]) -> None:
+        """Logging that fails does not end a training: it is said once, and tried again at the next record."""
+        try:
+            write()
+        except Exception as error:  # whatever a library of a logger raises, often out of a thread of its own
+            if what not in self._complained:
+                self.say(f"warning: {what} cannot be written ({error}); training goes on")
+            self._complained.add(what)
 
     def progress(self, step: int, text: str) -> None:
         """Show where the run is: moves the bar on a terminal, prints a line elsewhere."""
@@ -73,7 +102,8 @@ class RunLog:
 
     def close(self) -> None:
         if self._is_main:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
             if self._bar is not None:
                 self._bar.close()
 
@@ -125,17 +155,36 @@ def profiler(output: Path, rank: int):
 
 
 def read_metrics(output: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of a run, oldest first; a last line that a crash cut short is left out."""
+    """The records of a run, oldest first, of one kind or of all."""
+    return [record for record in iterate_metrics(output) if kind is None or record["kind"] == kind]
+
+
+def iterate_metrics(output: Path) -> Iterator[dict[str, Any]]:
+    """The records one by one; a last line that a crash cut short is left out."""
     path = output / METRICS
     if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return [record for record in records if kind is None or record["kind"] == kind]
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+                if {"kind", "step"} <= record.keys():
+                    yield record
+            except (ValueError, AttributeError):
+                continue
+
+
+def thinned(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every second training record, and all others."""
+    keep = False
+    for record in records:
+        keep = keep ^ (record["kind"] == "train")
+        if keep or record["kind"] != "train":
+            yield record
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record) + "\n").encode()
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from click.testing import CliRunner
@@ -93,3 +94,47 @@ def test_export_and_evaluate_name_what_is_missing(runs, tmp_path):
     refused(minilm("evaluate", runs.unbroken, "--probe", tmp_path / "none.jsonl"), "there is no probe file")
     refused(minilm("export"), "Missing argument")
     refused(minilm("exprot"), "No such command")
+
+
+def test_names_with_brackets_are_shown_as_they_are(runs, samples, tmp_path):
+    """To the table's library `[/x]` would be the end of a style that never began."""
+    from data_prep.prepare import PrepareRequest, prepare
+    from data_prep.sources import Source
+
+    text = tmp_path / "a.jsonl"
+    text.write_text('{"text": "A sentence that is long enough to be kept, about nothing."}\n' * 20)
+    source = Source.parse(f"jsonl,name=s[bold]x:{text}")
+    prepare(PrepareRequest(tokenizer=str(samples.teacher), sources=(source,)), tmp_path / "c[/y]", workers=0)
+    shown = minilm("inspect", tmp_path / "c[/y]")
+    assert shown.returncode == 0 and "c[/y]" in shown.stdout and "s[bold]x" in shown.stdout, shown.stderr
+    run = tmp_path / "run[/z]"
+    shutil.copytree(runs.unbroken, run)
+    shown = minilm("inspect", run)
+    assert shown.returncode == 0 and "run[/z]" in shown.stdout, shown.stderr
+
+
+def test_paths_that_cannot_be_are_one_message(runs, tmp_path, capsys):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    run = tmp_path / "run"
+    shutil.copytree(runs.unbroken, run)
+    record = run / "checkpoints" / "step-00000006" / "complete.json"
+    record.unlink()
+    record.mkdir()
+    shown = minilm("inspect", run)
+    assert shown.returncode == 0 and "torn" in shown.stdout and "step-00000003" in shown.stdout
+    corpus = ("--tokenizer", runs.unbroken / "model", "--out", tmp_path / "corpus")
+    for path in (loop, tmp_path / ("x" * 300), "/dev/null/run"):
+        refused_here(capsys, "inspect", path)
+        refused_here(capsys, "export", path)
+        refused_here(capsys, "distill", "--recipe", path)
+        refused_here(capsys, "distill", "--recipe", "demo", "--ds-config", path)
+        refused_here(capsys, "prepare", "--source", f"text:{path}", *corpus)
+
+
+def refused_here(capsys, *arguments):
+    """As `refused`, without a process of its own."""
+    with patch.object(sys, "argv", ["minilm", *map(str, arguments)]), pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("minilm: error: ") and "Traceback" not in said, said

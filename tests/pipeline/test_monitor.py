@@ -1,3 +1,4 @@
+from pipeline import monitor
 from pipeline.monitor import RunLog, read_metrics
 
 
@@ -24,8 +25,10 @@ def test_what_a_crash_undid_is_forgotten_on_resume(tmp_path):
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
+    before = (tmp_path / "metrics.jsonl").stat().st_ino
     log(tmp_path, first_step=3).close()
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+    assert (tmp_path / "metrics.jsonl").stat().st_ino != before  # a new file, by rename
 
 
 def test_other_ranks_write_nothing(tmp_path):
@@ -41,3 +44,37 @@ def test_progress_is_plain_lines_without_a_terminal(tmp_path, capsys):
     run_log.progress(5, "loss 1.0")
     run_log.close()
     assert capsys.readouterr().out.startswith("step 5/10  loss 1.0  left 0:00:0")
+
+
+def test_a_file_that_grows_is_thinned_and_keeps_its_course(tmp_path, monkeypatch):
+    monkeypatch.setattr(monitor, "METRICS_BYTES", 20_000)
+    run_log = log(tmp_path)
+    for step in range(1, 3001):
+        run_log.record("train", step, {"loss": 1.0 / step})
+        if step % 500 == 0:
+            run_log.record("validation", step, {"loss": 1.0})
+    run_log.close()
+    steps = [record["step"] for record in read_metrics(tmp_path, "train")]
+    assert (tmp_path / "metrics.jsonl").stat().st_size < 21_000
+    assert steps == sorted(set(steps)) and steps[0] < 200 and steps[-1] == 3000 and len(steps) > 100
+    assert [record["step"] for record in read_metrics(tmp_path, "validation")] == [500, 1000, 1500, 2000, 2500, 3000]
+
+
+def test_logging_that_fails_does_not_end_a_training(tmp_path, capsys):
+    """A full disk (/dev/full) and a library that raises: said once each, and tried again."""
+
+    def broken(events):
+        raise RuntimeError("the writer's thread has died")
+
+    run_log = RunLog(tmp_path, broken, total_steps=10, first_step=0, is_main=True)
+    run_log._file.close()
+    run_log._file = open("/dev/full", "ab", buffering=0)
+    for step in (1, 2, 3):
+        run_log.record("train", step, {"loss": 1.0})
+    said = capsys.readouterr().out
+    assert said.count("metrics.jsonl cannot be written") == 1 and "No space left" in said
+    assert said.count("the writer's thread has died") == 1
+    run_log._file = (tmp_path / "metrics.jsonl").open("ab", buffering=0)
+    run_log.record("train", 4, {"loss": 1.0})
+    run_log.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [4]
