@@ -31,6 +31,15 @@ def test_without_dropout_it_is_plain_attention():
     torch.testing.assert_close(out, plain_attention(*inputs, 0.3))
 
 
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")  # several would note down what they draw in any order
 @pytest.mark.parametrize("piece_scores", [1, 60, 10_000])
 def test_dropout_drops_probabilities_and_its_gradient_is_right(monkeypatch, piece_scores):
     monkeypatch.setattr(cpu_attention, "_PIECE_SCORES", piece_scores)
