@@ -24,6 +24,7 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.units import UnitOptions
 
 WORK_FOLDER = ".work"
+MOST_UNKNOWN = 0.5  # share of a source's tokens: text in a script that a vocabulary half knows stays below it
 
 
 def prepare(
@@ -62,6 +63,7 @@ def prepare(
 
 def _prepare(request: PrepareRequest, out: Path, start_engine: Callable, show_progress: bool) -> Corpus:
     work = out / WORK_FOLDER
+    _check_claimable(out)
     is_finished = (out / "manifest.json").exists()
     expanded = [] if is_finished else sources.expand(request.sources)  # names of files are checked first: it is quick
     tokenizer = Tokenizer.load(request.tokenizer, encoder=request.encoder)
@@ -89,13 +91,14 @@ def _prepare(request: PrepareRequest, out: Path, start_engine: Callable, show_pr
         _claim(out, work, state, _inputs(expanded))
         _remove_partial_files(out)
         plans = [(source, list(sources.plan(source, request.unit_bytes))) for source in expanded]
-        tokenizer.save(out / "tokenizer")
+        _save_tokenizer(tokenizer, out / "tokenizer")
         tokenizer.encoder.save(work / "encoder")
         options = UnitOptions(
             encoder_folder=str(work / "encoder"),
             work_folder=str(work),
             dtype=token_dtype(tokenizer.vocabulary_tokens),
             sep_id=tokenizer.sep_id,
+            unknown_id=tokenizer.unknown_id,
             validation_fraction=request.validation_fraction,
             min_tokens=request.min_tokens,
             limit_documents=request.limit_documents,
@@ -108,10 +111,57 @@ def _prepare(request: PrepareRequest, out: Path, start_engine: Callable, show_pr
             running = stack.enter_context(contextlib.closing(start_engine()))
             run = Assembly(plans, running, options, out, request.shard_bytes, request.unit_bytes, progress)
             shards, counts = run.run()
+        _check_result(out, work, counts)
         manifest = Manifest(dtype=options.dtype, counts=counts, shards=tuple(shards), **state)
         durable.write(out / "manifest.json", manifest.to_json())
     shutil.rmtree(work)
     return Corpus.open(out)
+
+
+def _check_claimable(out: Path) -> None:
+    """Refuse a folder with other people's files; ours hold a manifest, or the work of an unfinished corpus."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out {out} is a file. Give a folder that is new, empty or an unfinished corpus.")
+    names = sorted(path.name for path in out.iterdir())
+    ours = "manifest.json" in names or (out / WORK_FOLDER / "request.json").is_file() or names == [WORK_FOLDER]
+    if names and not ours:
+        raise UserError(
+            f"--out {out} holds files that are no corpus ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); "
+            "nothing was written. Give a folder that is new, empty or an unfinished corpus."
+        )
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    try:
+        tokenizer.save(folder)
+    except Exception as error:  # the tokenizers' own libraries tell of a full disk in their own ways
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise UserError(
+            f"the tokenizer cannot be written to {folder}: {error}. Make room, then run the same command again."
+        ) from error
+
+
+def _check_result(out: Path, work: Path, counts: dict[str, dict[str, int]]) -> None:
+    """Refuse a corpus without tokens, forgotten so that its sources can be mended, or one of unknown tokens."""
+    tokens = sum(source.get("tokens", 0) for source in counts.values())
+    if not tokens:
+        shutil.rmtree(work)
+        shutil.rmtree(out / "tokenizer", ignore_errors=True)
+        read = sum(source.get("documents_read", 0) for source in counts.values())
+        raise UserError(
+            f"the sources hold no tokens ({read:,} documents were read, all too short or empty): no corpus was made. "
+            "Check the sources and their options, then run the command again."
+        )
+    for name, source in sorted(counts.items()):
+        share = source.get("unknown_tokens", 0) / max(1, source.get("tokens", 0))
+        if share > MOST_UNKNOWN:
+            raise UserError(
+                f"{share:.0%} of the tokens of source {name} are unknown to this tokenizer: it does not know this "
+                "script, or is not the teacher's. No corpus was made; choose another tokenizer (and another --out)."
+            )
 
 
 def _inputs(expanded: list[Source]) -> dict[str, list]:
@@ -173,5 +223,8 @@ def _locked(work: Path) -> Iterator[None]:
 
 
 def _remove_partial_files(out: Path) -> None:
-    for path in out.rglob("*.partial"):
-        path.unlink(missing_ok=True)
+    """Of an earlier start, in the folders that this program writes."""
+    for folder in ("train", "validation", "tokenizer", WORK_FOLDER):
+        for path in (out / folder).rglob("*.partial"):
+            path.unlink(missing_ok=True)
+    (out / "manifest.json.partial").unlink(missing_ok=True)

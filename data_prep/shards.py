@@ -19,17 +19,24 @@ import os
 import struct
 import uuid
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+import pydantic
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
 
 from data_prep import durable
 from data_prep.errors import UserError
 
 FORMAT_VERSION = 1
+_STRICT = pydantic.ConfigDict(strict=True, extra="forbid")
+NotNegative = Annotated[int, Field(ge=0)]
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
@@ -52,19 +59,32 @@ def token_dtype(vocabulary_tokens: int) -> str:
     return "uint16" if vocabulary_tokens < UINT16_VOCABULARY_LIMIT else "int32"
 
 
+class TokenizerInfo(TypedDict):
+    """What made a corpus's ids."""
+
+    fingerprint: str
+    vocabulary_tokens: Annotated[int, Field(gt=0)]
+    cls_id: NotNegative
+    sep_id: NotNegative
+    pad_id: NotNegative
+    encoder: NotRequired[dict[str, str]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardInfo:
     """One shard as the manifest lists it."""
 
-    path: str
+    __pydantic_config__ = _STRICT
+
+    path: Annotated[str, Field(pattern=r"^(train|validation)/[A-Za-z0-9][A-Za-z0-9._-]*/[0-9]+$")]
     """Such as "train/wikipedia-en/00000": relative to the corpus, without suffix."""
-    split: str
+    split: Literal["train", "validation"]
     source: str
     language: str
-    documents: int
-    tokens: int
+    documents: NotNegative
+    tokens: NotNegative
     """Separators included."""
-    bytes: int
+    bytes: NotNegative
     """Size of the .bin file."""
     bin_sha256: str
     idx_sha256: str
@@ -74,16 +94,20 @@ class ShardInfo:
 class Manifest:
     """What a corpus is."""
 
+    __pydantic_config__ = _STRICT
+
     format_version: int
-    tokenizer: dict
-    """fingerprint, vocabulary_tokens, cls_id, sep_id, pad_id"""
-    dtype: str
+    tokenizer: TokenizerInfo
+    dtype: Literal["uint16", "int32"]
     request: dict
-    counts: dict
+    counts: dict[str, dict[str, int]]
     shards: tuple[ShardInfo, ...]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+_MANIFEST = pydantic.TypeAdapter(Manifest)
 
 
 def index_chunks(lengths: np.ndarray, dtype: str) -> Iterator[bytes]:
@@ -234,8 +258,21 @@ class Corpus:
         return self._tokens[shard.path]
 
     def index(self, shard: ShardInfo) -> Index:
-        """Lengths and offsets of the documents of a shard."""
-        return read_index(self.folder / f"{shard.path}.idx")
+        """Lengths and offsets of the documents of a shard, read once to see that they fit together.
+
+        Raises:
+            UserError: they do not, so that documents would be read from wrong places.
+        """
+        path = self.folder / f"{shard.path}.idx"
+        index = read_index(path)
+        ends = np.cumsum(index.lengths, dtype=np.int64)
+        starts = np.concatenate([[0], ends[:-1]]) * np.dtype(self.manifest.dtype).itemsize
+        whole = len(ends) == shard.documents and (not len(ends) or ends[-1] == shard.tokens)
+        if not (whole and (index.lengths > 0).all() and np.array_equal(index.offsets_bytes, starts)):
+            raise UserError(
+                f"{path} is damaged: its lengths and offsets do not fit together. Prepare the corpus again."
+            )
+        return index
 
     def verify(self, workers: int | None = None) -> list[str]:
         """Reads every byte and compares checksums; names the files that differ."""
@@ -255,15 +292,34 @@ class Corpus:
 
 def _parse_manifest(path: Path, raw: bytes) -> Manifest:
     try:
-        content = json.loads(raw)
-        version = content["format_version"]
-        shards = tuple(ShardInfo(**shard) for shard in content["shards"])
-        values = {item.name: content[item.name] for item in fields(Manifest)}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}). Prepare the corpus again.") from error
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}. Prepare it again.")
-    return Manifest(**{**values, "shards": shards})
+        version = json.loads(raw)["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}. Prepare again.")
+        manifest = _MANIFEST.validate_json(raw)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is damaged ({where}: {first['msg']}). Prepare the corpus again.") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}). Prepare the corpus again.") from None
+    _check_consistent(path, manifest)
+    return manifest
+
+
+def _check_consistent(path: Path, manifest: Manifest) -> None:
+    """Refuse what no preparation writes: a shard twice or in a foreign folder, special ids out of the vocabulary."""
+    paths = Counter(shard.path for shard in manifest.shards)
+    problems = [f"shard {name} is listed {count} times" for name, count in paths.items() if count > 1]
+    for shard in manifest.shards:
+        if shard.path.split("/")[:2] != [shard.split, shard.source]:
+            problems.append(f"shard {shard.path} is listed as {shard.split} of {shard.source}")
+        if shard.bytes != shard.tokens * np.dtype(manifest.dtype).itemsize:
+            problems.append(f"shard {shard.path} is listed with {shard.tokens} tokens and {shard.bytes} bytes")
+    special = [manifest.tokenizer[name] for name in ("cls_id", "sep_id", "pad_id")]
+    if max(special) >= manifest.tokenizer["vocabulary_tokens"]:
+        problems.append(f"special ids {special} lie outside of the vocabulary")
+    if problems:
+        raise UserError(f"{path} is damaged ({problems[0]}). Prepare the corpus again.")
 
 
 def _check_sizes(folder: Path, shard: ShardInfo, dtype: str) -> None:

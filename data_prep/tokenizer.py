@@ -33,6 +33,10 @@ from data_prep.seams import Seams, find_seams
 
 PIECE_CHARACTERS = 1 << 16
 PIECES_AT_A_TIME = 64  # bounds the encoders' memory
+_VOCABULARIES = (
+    *("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model"),
+    *("spiece.model", "spm.model", "tokenizer.model"),
+)
 CHECK_EVERY = 1024  # one document in so many is encoded by both
 _PROBES = (
     "The quick (brown) fox, it's 3.5 metres -- nearly!\tSee https://example.org/a_b?c=d\n\n  the lazy dog's back.",
@@ -212,6 +216,32 @@ class Encoder:
         counts["encoded_twice"] += len(numbers)
 
 
+def fingerprint_of(path: Path) -> str:
+    """The fingerprint of a tokenizer.json, as `Tokenizer.fingerprint`, without any library.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        settings = json.loads(path.read_bytes())
+        return hashlib.sha256(_canonical({**settings, "truncation": None, "padding": None}).encode()).hexdigest()
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as a tokenizer ({error}).") from None
+
+
+def _canonical(settings: dict) -> str:
+    return json.dumps(settings, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def _check_files(source: Path) -> None:
+    """Refuse a folder without a tokenizer's files, for which an empty tokenizer would be invented."""
+    if source.is_dir() and not any((source / name).is_file() for name in _VOCABULARIES):
+        raise UserError(
+            f"the folder {source} holds no tokenizer: expected one of {', '.join(_VOCABULARIES)}. Copy it there from "
+            "the teacher."
+        )
+
+
 def _read_fast(canonical_json: str):
     """tokie's reading of a tokenizer file, or None if it cannot read it."""
     try:
@@ -240,6 +270,7 @@ class Tokenizer:
         fingerprint: sha256 of the canonical tokenizer.json without truncation and padding.
         vocabulary_tokens: number of token ids, added tokens included.
         cls_id, sep_id, pad_id: ids of [CLS]/[SEP]/[PAD], or <s>/</s>/<pad>.
+        unknown_id: id of [UNK] or <unk>; -1 where every text has tokens.
     """
 
     def __init__(self, hub_tokenizer, encoder: str = "auto"):
@@ -250,13 +281,14 @@ class Tokenizer:
         self._truncation, self._padding = self._reference.truncation, self._reference.padding
         self._take_whole_texts()
         settings = json.loads(self._reference.to_str())
-        canonical = json.dumps(settings, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        self._canonical = canonical
-        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+        self._canonical = _canonical(settings)
+        self.fingerprint = hashlib.sha256(self._canonical.encode()).hexdigest()
         self.vocabulary_tokens = len(hub_tokenizer)
         self.cls_id = self._special("cls", "bos")
         self.sep_id = self._special("sep", "eos")
         self.pad_id = self._special("pad", "eos")
+        unknown = hub_tokenizer.unk_token_id
+        self.unknown_id = -1 if unknown is None else unknown
 
     @classmethod
     def load(cls, source: str | Path, encoder: str = "auto") -> "Tokenizer":
@@ -267,8 +299,9 @@ class Tokenizer:
         """
         from transformers import AutoTokenizer
 
+        _check_files(Path(source))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(source))
+            tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
         except Exception as error:  # a missing folder, no network, a missing converter: each its own kind
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
@@ -277,6 +310,11 @@ class Tokenizer:
             ) from error
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"the tokenizer of {str(source)!r} has no fast version, which is needed here.")
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+            raise UserError(
+                f"the tokenizer of {str(source)!r} knows its special tokens alone: its vocabulary is missing. Expected "
+                "tokenizer.json, vocab.txt or sentencepiece.bpe.model beside the model."
+            )
         return cls(tokenizer, encoder)
 
     @functools.cached_property

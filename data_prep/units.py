@@ -27,6 +27,7 @@ class UnitOptions:
     work_folder: str
     dtype: str
     sep_id: int
+    unknown_id: int
     validation_fraction: float
     min_tokens: int
     limit_documents: int | None
@@ -71,6 +72,7 @@ def encode_unit(unit: Unit, block_number: int, block: Block | None, options: Uni
         signed_lengths.append(np.where(held_out, -closed_lengths, closed_lengths)[keep])
         counts["documents"] += int(keep.sum())
         counts["tokens"] += int(closed_lengths[keep].sum())
+        counts["unknown_tokens"] += int((ids[np.repeat(keep, lengths)] == options.unknown_id).sum())
         counts["dropped_short"] += int((lengths < max(1, options.min_tokens)).sum())
         if counts["documents"] == options.limit_documents:
             break

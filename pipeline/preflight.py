@@ -7,7 +7,7 @@ from typing import Any
 from data_prep import samples
 from data_prep.errors import UserError
 from data_prep.shards import Corpus
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, fingerprint_of
 from pipeline import checkpoint, deepspeed_config
 from pipeline.architectures import mixes_neighbours, require_activation_checkpointing
 from pipeline.build import data_options, student_shape, teacher_settings
@@ -50,6 +50,7 @@ def check(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> Corp
     corpus = Corpus.open(recipe.data.corpus)
     _check_bytes(recipe, corpus)
     _check_tokenizer(corpus, recipe.teacher.model)
+    _check_vocabulary(corpus, teacher.vocab_size, recipe.teacher.model)
     _check_samples(recipe, corpus, world_size)
     return corpus
 
@@ -150,6 +151,19 @@ def _check_tokenizer(corpus: Corpus, teacher_model: str) -> None:
             f"the corpus {corpus.folder} was made with another tokenizer ({theirs[:12]}) than that of the teacher "
             f"{teacher_model} ({ours[:12]}). Prepare it again: minilm prepare --tokenizer {teacher_model} ..."
         )
+
+
+def _check_vocabulary(corpus: Corpus, vocabulary: int, model: str) -> None:
+    """Refuse ids that the teacher has no embedding for, and a corpus whose own tokenizer has been changed."""
+    tokens = corpus.manifest.tokenizer["vocabulary_tokens"]
+    if tokens > vocabulary:
+        raise UserError(
+            f"the tokenizer of the corpus {corpus.folder} knows {tokens:,} tokens, the teacher {model} has "
+            f"embeddings for {vocabulary:,}: one of them is not the other's"
+        )
+    path = corpus.folder / "tokenizer" / "tokenizer.json"
+    if path.is_file() and fingerprint_of(path) != corpus.manifest.tokenizer["fingerprint"]:
+        raise UserError(f"{path} has changed since the corpus was made. Copy or prepare the corpus again.")
 
 
 def _check_samples(recipe: Recipe, corpus: Corpus, world_size: int) -> None:

@@ -117,7 +117,8 @@ class Reader:
         self._cls, self._sep, self._pad = ids["cls_id"], ids["sep_id"], ids["pad_id"]
         self._ends = np.array([shard.tokens for shard in shards], np.int64)
         self._dtype = np.dtype(corpus.manifest.dtype).newbyteorder("<")
-        self._width = self._dtype.itemsize
+        self._width, self._vocabulary = self._dtype.itemsize, ids["vocabulary_tokens"]
+        self._name = lambda shard: f"{corpus.folder / shards[shard].path}"
         self._seq, self._window = seq_tokens, seq_tokens - 2
         self._inside_documents, self._shift_seed = attention == "document", shift_seed
         self._whole_documents = packing == "none"
@@ -157,7 +158,9 @@ class Reader:
         read = self._bytes(places.shard, start, np.full(len(start), self._window))
         ids = np.empty((len(start), self._seq), np.int64)
         ids[:, 0], ids[:, -1] = self._cls, self._sep
-        ids[:, 1:-1] = np.frombuffer(read, self._dtype).reshape(-1, self._window)
+        tokens = np.frombuffer(read, self._dtype)
+        self._check_ids(tokens, places.shard, np.full(len(start), self._window))
+        ids[:, 1:-1] = tokens.reshape(-1, self._window)
         documents, positions = _documents(ids, self._sep) if self._inside_documents else (None, None)
         return Batch(
             input_ids=torch.from_numpy(ids),
@@ -178,7 +181,9 @@ class Reader:
         ids[np.arange(len(ids)), tokens + 1] = self._sep
         inner = real.copy()
         inner[:, 0] = inner[np.arange(len(ids)), tokens + 1] = False
-        ids[inner] = np.frombuffer(read, self._dtype)
+        found = np.frombuffer(read, self._dtype)
+        self._check_ids(found, places.shard, tokens)
+        ids[inner] = found
         mask = torch.from_numpy(real)
         return Batch(
             input_ids=torch.from_numpy(ids),
@@ -186,6 +191,23 @@ class Reader:
             document_ids=mask.to(torch.int32) - 1 if self._inside_documents else None,
             position_ids=None,
             samples=places.samples,
+        )
+
+    def _check_ids(self, tokens: np.ndarray, shard: np.ndarray, sizes: np.ndarray) -> None:
+        """Refuse ids that no embedding exists for; names the shard.
+
+        Args:
+            tokens: of all rows, end to end.
+            shard: of each row.
+            sizes: tokens of each row.
+        """
+        if not len(tokens) or (tokens.max() < self._vocabulary and (self._width == 2 or tokens.min() >= 0)):
+            return
+        bad = int(np.flatnonzero((tokens < 0) | (tokens >= self._vocabulary))[0])
+        name = self._name(int(shard[np.searchsorted(np.cumsum(sizes), bad, side="right")]))
+        raise UserError(
+            f"{name}.bin holds the token id {tokens[bad]}, but the vocabulary has {self._vocabulary:,} tokens: the "
+            "file is damaged. Copy or prepare the corpus again."
         )
 
     def _piece(self, shard: int, document: int, epoch: int) -> tuple[int, int]:

@@ -33,7 +33,13 @@ def write_corpus(folder: Path, documents: dict[str, list[list[np.ndarray]]], dty
             for document in shard:
                 writer.add(np.append(document, SEP))
             shards.append(writer.close())
-    tokenizer = {"fingerprint": "f", "vocabulary_tokens": 60_000, "cls_id": CLS, "sep_id": SEP, "pad_id": PAD}
+    tokenizer = {
+        "fingerprint": "f",
+        "vocabulary_tokens": 65_001 if dtype == "uint16" else 250_002,
+        "cls_id": CLS,
+        "sep_id": SEP,
+        "pad_id": PAD,
+    }
     manifest = Manifest(format_version=1, tokenizer=tokenizer, dtype=dtype, request={}, counts={}, shards=tuple(shards))
     (folder / "manifest.json").write_text(manifest.to_json())
     return Corpus.open(folder)
