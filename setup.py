@@ -29,6 +29,7 @@ setup(
         "click>=8.1",
         "psutil",
         "pydantic>=2.7",
+        "typing_extensions",
         "rich",
         "pyarrow",
         "msgspec",

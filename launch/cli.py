@@ -20,7 +20,7 @@ def main() -> None:
     try:
         minilm.main(prog_name="minilm", standalone_mode=False)
     except (UserError, OSError) as error:
-        click.echo(f"minilm: error: {_words_of(error)}", err=True)
+        click.echo(f"minilm: error: {words_of(error)}", err=True)
         sys.exit(EXIT_USER_ERROR)
     except click.ClickException as error:
         error.show()
@@ -35,7 +35,7 @@ _USERS_ERRNO = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EI
 _USERS_ERRNO += (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTEMPTY, errno.EEXIST)
 
 
-def _words_of(error: Exception) -> str:
+def words_of(error: Exception) -> str:
     """A mistake in words; raises what is none."""
     if isinstance(error, click.ClickException):
         return error.format_message()
@@ -159,7 +159,7 @@ def distill_rank() -> None:
     try:
         code = _distill_rank.main(prog_name="distill.sh", standalone_mode=False, obj=status)
     except (UserError, OSError, click.ClickException) as error:
-        words = _words_of(error)
+        words = words_of(error)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             words += f" [rank {os.environ.get('RANK')} on {socket.gethostname()}]"
         status.say_once(f"distill: error: {words}")

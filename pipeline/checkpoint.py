@@ -19,10 +19,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import torch
 import torch.distributed as dist
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from data_prep import durable
 from data_prep.errors import UserError
@@ -33,6 +36,13 @@ ASIDE = "aside"
 # DeepSpeed drops programs of its own beside a checkpoint; they leave frozen weights out at stage 1 and cannot read bf16
 # with fp32 accumulation. `minilm export` reads all.
 _RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+
+
+class FileFacts(TypedDict):
+    """Of one file of a checkpoint."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +60,20 @@ class Record:
         files: name -> {"bytes", "sha256"}.
     """
 
-    step: int
-    samples_seen: int
-    world_size: int
-    zero_stage: int
+    __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid")
+
+    step: Annotated[int, Field(gt=0)]
+    samples_seen: Annotated[int, Field(ge=0)]
+    world_size: Annotated[int, Field(gt=0)]
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
     recipe: dict[str, Any]
     corpus_fingerprint: str
-    files: dict[str, dict[str, Any]]
+    files: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+\.pt$")], FileFacts]
     layout: dict[str, str] = field(default_factory=dict)
     teacher_fingerprint: str = ""
+
+
+_RECORD = pydantic.TypeAdapter(Record)
 
 
 def tag_of(step: int) -> str:
@@ -151,17 +166,30 @@ def why_torn(checkpoint: Path, *, checksums: bool = False) -> str | None:
     except FileNotFoundError:
         return "it was never finished (no completion record)"
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        return f"its completion record cannot be read ({error})"
+        return f"its completion record cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)})"
     return _difference(checkpoint, record.files, checksums=checksums)
 
 
 def read_record(checkpoint: Path) -> Record:
-    return Record(**json.loads((checkpoint / RECORD).read_text(encoding="utf-8")))
+    """The completion record of a checkpoint.
+
+    Raises:
+        ValueError: it is damaged, or another checkpoint's.
+    """
+    record = _RECORD.validate_json((checkpoint / RECORD).read_bytes())
+    if tag_of(record.step) != checkpoint.name:
+        raise ValueError(f"it is that of step {record.step}")
+    return record
 
 
-def check_belongs(record: Record, *, recipe: dict[str, Any], corpus_fingerprint: str, folder: Path) -> None:
-    """Refuse a checkpoint of another recipe or another corpus."""
-    if lines := differences(json.loads(json.dumps(recipe)), record.recipe):
+def check_belongs(
+    record: Record, *, recipe: dict[str, Any], corpus_fingerprint: str, teacher_fingerprint: str, folder: Path
+) -> None:
+    """Refuse a checkpoint of another recipe, another corpus or another teacher; where they lie does not matter."""
+    theirs = json.loads(json.dumps(record.recipe))
+    for section, name in (("data", "corpus"), ("teacher", "model")):  # in records that are older than the fingerprint
+        theirs.get(section, {}).pop(name, None)
+    if lines := differences(json.loads(json.dumps(recipe)), theirs):
         raise UserError(
             f"the checkpoints in {folder} were made by another recipe:\n"
             + "\n".join(f"  {line}" for line in lines)
@@ -172,6 +200,12 @@ def check_belongs(record: Record, *, recipe: dict[str, Any], corpus_fingerprint:
             f"the checkpoints in {folder} were trained on another corpus than data.corpus holds now "
             f"({record.corpus_fingerprint[:12]} there, {corpus_fingerprint[:12]} here). "
             "Bring that corpus back, or use another run.output."
+        )
+    if record.teacher_fingerprint and record.teacher_fingerprint != teacher_fingerprint:
+        raise UserError(
+            f"the checkpoints in {folder} learned from another teacher than teacher.model names now "
+            f"({record.teacher_fingerprint[:12]} there, {teacher_fingerprint[:12]} here). Bring that teacher back, "
+            "or use another run.output."
         )
 
 

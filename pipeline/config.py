@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import typing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +28,8 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"
-_STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
+_STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_LARGEST_FILE = 1 << 20
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -44,8 +46,8 @@ class Run:
         seed: of the sample order, the student's initial weights and dropout.
     """
 
-    output: str
-    seed: int = 1
+    output: Annotated[str, Field(min_length=1)]
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 1
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -82,7 +84,7 @@ class Student:
         dropout: of hidden states and attention.
     """
 
-    shape: Annotated[str, Field(pattern=r"^\d+x\d+$")]
+    shape: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}x[1-9][0-9]{0,8}$")]
     heads: Positive = 12
     feed_forward: Positive | None = None
     family: Literal["teacher", "bert"] = "teacher"
@@ -215,8 +217,10 @@ class Recipe:
         sections["run"] = {"seed": self.run.seed}
         for name in ("checkpoint", "logging"):
             del sections[name]
-        for name in ("placement", "nvme_path"):
+        # Where teacher and corpus lie does not count: what they are is compared by fingerprints.
+        for name in ("model", "placement", "nvme_path"):
             sections["teacher"].pop(name, None)
+        del sections["data"]["corpus"]
         del sections["relations"]["implementation"]
         del sections["data"]["verify"]
         return sections
@@ -233,12 +237,18 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = _find_recipe(name_or_path)
     try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise UserError(f"{path} holds {path.stat().st_size:,} bytes: that is no recipe")
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not a TOML file: {error}") from None
     for override in overrides:
         _apply_override(table, override)
-    return parse_recipe(_expand(table), where=str(path))
+    table = _expand(table)
+    for section, key in (("run", "output"), ("data", "corpus"), ("teacher", "nvme_path")):
+        if isinstance(table.get(section), dict) and isinstance(table[section].get(key), str):
+            table[section][key] = os.path.expanduser(table[section][key])
+    return parse_recipe(table, where=str(path))
 
 
 def parse_recipe(table: dict[str, Any], where: str) -> Recipe:
@@ -275,15 +285,35 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     section, dot, name = key.partition(".")
     if not (equals and dot and section and name):
         raise UserError(f"{override!r} is not section.key=value, such as optimizer.peak_lr=3e-4")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+    value = _value_of(text, is_text=_is_text(section, name))
     *parents, leaf = name.split(".")
-    target = table.setdefault(section, {})
-    for parent in parents:
+    target = table
+    for parent in (section, *parents):
         target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise UserError(f"{override!r}: {parent} holds a value, no keys of its own")
     target[leaf] = value
+
+
+def _value_of(text: str, *, is_text: bool) -> Any:
+    """The value that is typed behind an override: TOML, or the text itself where the key takes text.
+
+    Without this 0x24 as a shape would be the number 36, and 2026-01-01 as a folder a date.
+    """
+    if is_text and not text.startswith(('"', "'")):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError, RecursionError):
+        return text
+
+
+def _is_text(section: str, name: str) -> bool:
+    """Whether a recipe's key takes text alone."""
+    kind = typing.get_type_hints(Recipe).get(section)
+    hint = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    options = [o for o in (typing.get_args(hint) or (hint,)) if o is not type(None)]
+    return bool(options) and all(option is str or isinstance(option, str) for option in options)
 
 
 def _expand(value: Any) -> Any:
@@ -292,6 +322,8 @@ def _expand(value: Any) -> Any:
         return {key: _expand(item) for key, item in value.items()}
     if not isinstance(value, str):
         return value
+    if bad := [character for character in value if ord(character) < 32 or ord(character) == 127]:
+        raise UserError(f"{value!r} holds the control character {bad[0]!r}: no name of a file or model has that")
 
     def replace(match: re.Match) -> str:
         name = match.group(1)

@@ -4,17 +4,35 @@ The recipe owns what is learned, a DeepSpeed configuration owns how it fits the 
 place, and refuses a knob that both set.
 """
 
+import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 
 from data_prep.errors import UserError
 from pipeline.config import Recipe
+from pipeline.operators import import_deepspeed
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
+MOST_MICRO_BATCH = 1 << 16
+_SECTIONS = {"bf16", "fp16", "data_types", "zero_optimization", "activation_checkpointing", "aio", *MONITORS}
+_SUPPORTED = (
+    *_SECTIONS,
+    *("train_micro_batch_size_per_gpu", "communication_data_type", "steps_per_print", "wall_clock_breakdown"),
+    *("memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "prescale_gradients"),
+    *("gradient_predivide_factor", "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer"),
+)
+_SUPPORTED_ZERO = (
+    *("stage", "overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "sub_group_size"),
+    *("allgather_partitions", "allgather_bucket_size", "offload_optimizer", "offload_param"),
+    *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
+    *("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save"),
+)
 _OWNED_BY_RECIPE = {
     "train_batch_size": "optimizer.global_batch_samples",
     "gradient_accumulation_steps": "optimizer.global_batch_samples, the micro-batch and the number of ranks",
@@ -40,12 +58,88 @@ def read_ds_config(name_or_path: str) -> dict[str, Any]:
         known = ", ".join(shipped_ds_configs())
         raise UserError(f"there is no DeepSpeed configuration {name_or_path!r}: give a JSON file or one of {known}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if path.stat().st_size > 1 << 20:
+            raise UserError(f"{path} holds {path.stat().st_size:,} bytes: that is no DeepSpeed configuration")
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON file: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no JSON object")
     return config
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"the key {min(twice)!r} stands there twice")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def check(config: dict[str, Any]) -> None:
+    """Refuse a configuration that DeepSpeed would not start with, ignore in part, or save in a way nobody here reads.
+
+    The keys are those that this project is tested with; their values are checked by DeepSpeed's own models.
+
+    Raises:
+        UserError: a key is unknown or not supported, or a value is not what it should be.
+    """
+    _check_keys(config, (*_SUPPORTED, *_OWNED_BY_RECIPE), "")
+    for name in _SECTIONS & config.keys():
+        if not isinstance(config[name], dict):
+            raise UserError(f"the DeepSpeed configuration's {name} is {config[name]!r}; expected an object")
+    zero = config.get("zero_optimization", {})
+    _check_keys(zero, _SUPPORTED_ZERO, "zero_optimization.")
+    if type(zero.get("stage", 0)) is not int or not 0 <= zero.get("stage", 0) <= 3:
+        raise UserError(f"zero_optimization.stage is {zero['stage']!r}; expected 0, 1, 2 or 3")
+    for name in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(name, {}), dict):
+            raise UserError(f"zero_optimization.{name} is {zero[name]!r}; expected an object")
+    for name in ("bf16", "fp16"):
+        if not isinstance(config.get(name, {}).get("enabled", False), bool):
+            raise UserError(f"{name}.enabled is {config[name]['enabled']!r}; expected true or false")
+    if all(config.get(name, {}).get("enabled") for name in ("bf16", "fp16")):
+        raise UserError("bf16 and fp16 are both enabled; expected one of them at most")
+    micro = config.get("train_micro_batch_size_per_gpu")
+    if type(micro) is not int or not 0 < micro <= MOST_MICRO_BATCH:
+        raise UserError(
+            f"train_micro_batch_size_per_gpu is {micro!r}; the DeepSpeed configuration must give it, a number from 1 "
+            f"to {MOST_MICRO_BATCH:,}"
+        )
+    _check_by_deepspeed(config)
+
+
+def _check_keys(config: dict[str, Any], known: Iterable[str], prefix: str) -> None:
+    for name in config:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            raise UserError(f"the DeepSpeed configuration's key {prefix}{name} is not supported here: {hint}")
+
+
+def _check_by_deepspeed(config: dict[str, Any]) -> None:
+    own = {name: value for name, value in config.items() if name not in _OWNED_BY_RECIPE}
+    micro = own["train_micro_batch_size_per_gpu"]
+    deepspeed = import_deepspeed()
+    try:
+        deepspeed.DeepSpeedConfig({**json.loads(json.dumps(own)), "train_batch_size": micro * _ranks_of_this_process()})
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"the DeepSpeed configuration is not valid: {error.title}, {where}: {first['msg']} (given: "
+            f"{first['input']!r})"
+        ) from None
+    except Exception as error:  # its checks raise whatever came to hand: assertions, key errors, type errors
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"DeepSpeed does not take this configuration: {reason}") from None
+
+
+def _ranks_of_this_process() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def merge(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> dict[str, Any]:
@@ -64,6 +158,7 @@ def merge(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> dict
     largest = ds_config.get("train_micro_batch_size_per_gpu")
     if not isinstance(largest, int) or largest < 1:
         raise UserError("the DeepSpeed configuration must give train_micro_batch_size_per_gpu, a positive number")
+    largest = min(largest, MOST_MICRO_BATCH)
     if zero_stage(ds_config) == 0 and "data_types" in ds_config and compute_dtype(ds_config) != torch.float32:
         raise UserError(
             "DeepSpeed cannot set data_types for bf16 or fp16 at ZeRO stage 0: leave it out, or use stage 1"

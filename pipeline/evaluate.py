@@ -144,10 +144,12 @@ def read_probe(path: Path, *, texts: int, seed: int) -> ProbeTask:
     if not path.is_file():
         raise UserError(f"there is no probe file {path}; expected JSONL lines with `text` and `topic` or `label`")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            rows.append((row["text"], str(row["label"] if "label" in row else row["topic"])))
+            rows.append((row["text"] + "", str(row["label"] if "label" in row else row["topic"])))
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}, line {number}: expected an object with `text` and `topic` or `label`") from None
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -55,9 +55,10 @@ def teacher_config(model: str, trust_remote_code: bool = False) -> PretrainedCon
         raise UserError(f"no model in {model}: a folder with config.json, model.safetensors and a tokenizer is needed")
     try:
         config = AutoConfig.from_pretrained(_location(model), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the library has a kind of its own for every way in which a file can be wrong
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"cannot read the configuration of the model {model!r}: {str(error).splitlines()[0]}. "
+            f"cannot read the configuration of the model {model!r}: {reason}. "
             "Give a local folder or the id of a model on the hub."
         ) from error
     architecture_of(config)
@@ -126,8 +127,9 @@ def _load_backbone(model: str, config: PretrainedConfig, dtype: torch.dtype | st
             output_loading_info=True,
             **without_pooler(config),
         )
-    except OSError as error:
-        raise UserError(f"cannot load the weights of {model!r}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # as for the configuration
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"cannot load the weights of {model!r}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
     if report["missing_keys"] or report["mismatched_keys"]:

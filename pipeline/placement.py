@@ -5,6 +5,7 @@ tensor by tensor from its safetensors files: no rank ever holds the whole. Its e
 """
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from pipeline.engine import device, set_buffers
 from pipeline.models import RelationEncoder, load_teacher, teacher_config, with_layers
 from pipeline.operators import import_deepspeed, load_async_io
 
+_SAMPLES, _SAMPLE_BYTES = 32, 1 << 13
 REPLICA_SHARE = 0.25  # of the memory that is free: the rest is for the student, its optimizer and activations
 
 
@@ -109,6 +111,27 @@ def start_teacher(
     set_buffers(encoder.backbone, buffers)
     engine.eval()
     return engine
+
+
+def teacher_fingerprint(model: str) -> str:
+    """What a teacher is, wherever it lies: of its configuration, and of its weights' names, shapes, sizes and samples.
+
+    A few hundred kilobytes are read of each file, spread evenly.
+    """
+    digest = hashlib.sha256()
+    config = teacher_config(model).to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        config.pop(name, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for path in weight_files(model):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLE_BYTES))  # the header: names, shapes and types
+            for number in range(1, _SAMPLES):
+                file.seek(size * number // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def weight_files(model: str) -> list[Path]:

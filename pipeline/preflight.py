@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from data_prep import samples
 from data_prep.errors import UserError
 from data_prep.shards import Corpus
@@ -15,8 +17,11 @@ from pipeline.config import Recipe
 from pipeline.loader import SampleSet, validation_batches
 from pipeline.models import position_limit, student_config
 from pipeline.operators import require_async_io
+from pipeline.placement import teacher_fingerprint
 from pipeline.run_folder import CHECKPOINTS, check_claimable
 from pipeline.student_init import TAIL_INITS, parse_init
+
+MOST_STEP_TOKENS = 1 << 31
 
 
 def check(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> Corpus:
@@ -30,6 +35,7 @@ def check(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> Corp
     Raises:
         UserError: what was given, what was expected, what to do.
     """
+    deepspeed_config.check(ds_config)
     deepspeed_config.merge(recipe, ds_config, world_size=world_size)
     _check_nvme(recipe, ds_config)
     if Path(recipe.teacher.model) == samples.folder() / samples.TEACHER:
@@ -37,6 +43,7 @@ def check(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> Corp
     teacher = teacher_settings(recipe)
     sizes = dict(layers=teacher.num_hidden_layers, hidden=teacher.hidden_size, positions=position_limit(teacher))
     check_against_teacher(recipe, **sizes)
+    _check_sizes(recipe, teacher.vocab_size)
     shape = student_shape(recipe)
     student = student_config(shape, teacher, family=recipe.student.family, dropout=recipe.student.dropout)
     if "activation_checkpointing" in ds_config:
@@ -70,8 +77,13 @@ def find_checkpoint(recipe: Recipe, corpus: Corpus, resume: str) -> checkpoint.R
     checkpoints = Path(recipe.run.output) / CHECKPOINTS
     record = checkpoint.find(checkpoints, resume)
     if record is not None:
-        ours = dict(recipe=recipe.learned(), corpus_fingerprint=corpus.fingerprint)
-        checkpoint.check_belongs(record, **ours, folder=checkpoints)
+        checkpoint.check_belongs(
+            record,
+            recipe=recipe.learned(),
+            corpus_fingerprint=corpus.fingerprint,
+            teacher_fingerprint=teacher_fingerprint(recipe.teacher.model),
+            folder=checkpoints,
+        )
     return record
 
 
@@ -110,6 +122,30 @@ def check_against_teacher(recipe: Recipe, *, layers: int, hidden: int, positions
             problems.append(
                 f"relations.layers must rise and end with teacher.layer and the student's last layer, {ends}"
             )
+    if problems:
+        raise UserError("the recipe cannot run:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def _check_sizes(recipe: Recipe, vocabulary: int) -> None:
+    """Refuse by arithmetic what no machine could hold or finish, before anything is made of it."""
+    layers, hidden = map(int, recipe.student.shape.split("x"))
+    inner = recipe.student.feed_forward or 4 * hidden
+    weights = layers * (4 * hidden * hidden + 2 * hidden * inner) + vocabulary * hidden
+    total = psutil.virtual_memory().total
+    problems = []
+    if 4 * weights > total:
+        problems.append(
+            f"a student of shape {recipe.student.shape} has about {weights:,} weights: {4 * weights / 2**30:,.0f} "
+            f"GiB in fp32, and each rank begins with all of them; this machine has {total / 2**30:,.0f} GiB"
+        )
+    tokens = recipe.optimizer.global_batch_samples * recipe.data.seq_tokens
+    if tokens > MOST_STEP_TOKENS:
+        problems.append(
+            f"optimizer.global_batch_samples = {recipe.optimizer.global_batch_samples:,} of {recipe.data.seq_tokens:,} "
+            f"tokens makes a step of {tokens:,} tokens; at most {MOST_STEP_TOKENS:,} are taken"
+        )
+    if recipe.optimizer.steps * recipe.optimizer.global_batch_samples >= 1 << 62:
+        problems.append(f"optimizer.steps = {recipe.optimizer.steps:,} are more samples than can be numbered")
     if problems:
         raise UserError("the recipe cannot run:\n" + "\n".join(f"  {problem}" for problem in problems))
 

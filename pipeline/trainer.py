@@ -96,6 +96,7 @@ class Distillation:
         self.micro_batch_samples = ds_config["train_micro_batch_size_per_gpu"]
         self.accumulation_steps = ds_config["gradient_accumulation_steps"]
         self.options = data_options(recipe)
+        self.teacher_fingerprint = ranks.decided_by_rank_0(lambda: placement.teacher_fingerprint(recipe.teacher.model))
         student = fresh_student(recipe)
         where = placement.choose(
             recipe.teacher,
@@ -229,6 +230,7 @@ class Distillation:
             zero_stage=self.student.zero_optimization_stage(),
             recipe=self.recipe.learned(),
             corpus_fingerprint=self.corpus.fingerprint,
+            teacher_fingerprint=self.teacher_fingerprint,
             files={},
         )
         keep = self.recipe.checkpoint
