@@ -164,6 +164,10 @@ def distill_rank() -> None:
             words += f" [rank {os.environ.get('RANK')} on {socket.gethostname()}]"
         status.say_once(f"distill: error: {words}")
         code = EXIT_USER_ERROR
+    except Exception:
+        if not status.somebody_has_said_why:  # else this rank has only lost the one that ended
+            raise
+        code = EXIT_USER_ERROR
     status.write(code)
     sys.exit(code)
 
@@ -256,7 +260,7 @@ def prepare(out, source_texts, corpus, shard_bytes, workers, engine, ray_address
 @minilm.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Decode N documents (corpus).")
-@click.option("--verify", is_flag=True, help="Read every byte and compare checksums (corpus).")
+@click.option("--verify", is_flag=True, help="Read every byte and compare checksums.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Picture of lengths and languages, .svg (corpus).")
 def inspect(path: Path, sample: int | None, verify: bool, plot: Path | None) -> None:
     """Say what is in a corpus or in a run.
@@ -265,9 +269,9 @@ def inspect(path: Path, sample: int | None, verify: bool, plot: Path | None) -> 
     Examples:
       minilm inspect runs/demo/corpus
       minilm inspect runs/demo/corpus --verify --sample 3 --plot corpus.svg
-      minilm inspect runs/demo/run
+      minilm inspect runs/demo/run --verify
     """
-    if sample or verify or plot or (path / "manifest.json").is_file() or (path / ".work").is_dir():
+    if sample or plot or (path / "manifest.json").is_file() or (path / ".work").is_dir():
         from data_prep import report as corpus_report
         from data_prep.shards import Corpus
 
@@ -275,4 +279,4 @@ def inspect(path: Path, sample: int | None, verify: bool, plot: Path | None) -> 
     else:
         from pipeline import report as run_report
 
-        _console().print(run_report.table(path))
+        _console().print(run_report.table(path, verify=verify))

@@ -115,6 +115,14 @@ class RankStatus:
         if self._path is not None:
             self._path.write_text(str(status))
 
+    @property
+    def somebody_has_said_why(self) -> bool:
+        """Whether a rank of this machine has ended with a message, so that the others fail for want of it."""
+        with contextlib.suppress(OSError):
+            said = self._said.stat()
+            return bool(said.st_size) and time.time() - said.st_mtime < 10 * SAY_SECONDS
+        return False
+
     def say_once(self, words: str) -> None:
         """Print on standard error what went wrong, unless another rank of this machine has said why it ends.
 

@@ -8,8 +8,13 @@ from pipeline.config import load_recipe
 from pipeline.monitor import read_metrics
 
 
-def table(folder: Path):
-    """The recipe in short, the last record of each kind, and every checkpoint, whole or torn, as a rich group."""
+def table(folder: Path, *, verify: bool = False):
+    """The recipe in short, the last record of each kind, and every checkpoint, whole or torn, as a rich group.
+
+    Args:
+        folder: of the run.
+        verify: read every byte of the checkpoints and compare checksums; else sizes alone are compared.
+    """
     from rich.console import Group
     from rich.table import Table
 
@@ -26,12 +31,18 @@ def table(folder: Path):
             run.add_row(f"{kind} loss", f"{records[-1]['loss']:.4f} at step {records[-1]['step']:,}")
     checkpoints = Table("checkpoint", "samples seen", "ranks", "ZeRO stage", "MB", "state", title="Checkpoints")
     for path in sorted((folder / "checkpoints").glob("step-*")):
-        problem = checkpoint.why_torn(path)
+        problem = checkpoint.why_torn(path, checksums=verify)
         if problem:
             checkpoints.add_row(path.name, "", "", "", "", f"torn: {problem}")
             continue
         record = checkpoint.read_record(path)
         size = sum(facts["bytes"] for facts in record.files.values()) / 1e6
-        row = (f"{record.samples_seen:,}", str(record.world_size), str(record.zero_stage), f"{size:,.1f}", "whole")
+        row = (
+            f"{record.samples_seen:,}",
+            str(record.world_size),
+            str(record.zero_stage),
+            f"{size:,.1f}",
+            "whole, checksums agree" if verify else "whole",
+        )
         checkpoints.add_row(path.name, *row)
     return Group(run, checkpoints)

@@ -1,7 +1,7 @@
 """Token ids are those of the teacher's own tokenizer, however they are made."""
 
 import random
-import time
+import sys
 from collections import Counter
 
 import numpy as np
@@ -160,18 +160,26 @@ def test_long_documents_are_cut_without_a_trace(tokenizer, own, real_texts):
     assert_exact(tokenizer, own, ["a short one", long, "", long[: 2 * PIECE_CHARACTERS + 5]])
 
 
-def test_a_very_long_document_takes_linear_time(samples, real_texts):
+def test_a_very_long_document_takes_linear_work(samples, real_texts):
+    """Eight times the text: eight times the bytes encoded, and the calls made."""
     encoder = Tokenizer.load(samples.teacher).encoder
     base = "\n".join(real_texts)
     encoder.encode_flat([base])
 
-    def seconds(text):
-        start = time.process_time()
-        encoder.encode_flat([text])
-        return time.process_time() - start
+    def work(text):
+        counts, calls = Counter(), [0]
+        sys.setprofile(
+            lambda frame, event, argument: event in ("call", "c_call") and calls.__setitem__(0, calls[0] + 1)
+        )
+        try:
+            encoder.encode_flat([text], counts)
+        finally:
+            sys.setprofile(None)
+        return counts["text_bytes"], calls[0]
 
-    once = min(seconds(base * 2) for _ in range(3))
-    assert seconds(base * 16) < 8 * once * 3
+    (few_bytes, few_calls), (many_bytes, many_calls) = work(base * 2), work(base * 16)
+    assert few_bytes >= 2 * len(base.encode()) and many_bytes < 8 * few_bytes * 1.1
+    assert many_calls < 8 * few_calls * 1.5
 
 
 def test_truncation_and_padding_are_removed(samples):

@@ -86,6 +86,13 @@ def test_inspect_shows_corpora_and_runs(runs, corpus_folder, tmp_path):
     run = minilm("inspect", runs.unbroken)
     assert run.returncode == 0 and "step-00000006" in run.stdout and "whole" in run.stdout
     refused(minilm("inspect", tmp_path), "neither a corpus")
+    damaged = shutil.copytree(runs.unbroken, tmp_path / "run")
+    file = next((damaged / "checkpoints" / "step-00000003").glob("*optim_states.pt"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    verified = minilm("inspect", damaged, "--verify")
+    assert "differs from its checksum" in verified.stdout and "whole, checksums agree" in verified.stdout
 
 
 def test_export_and_evaluate_name_what_is_missing(runs, tmp_path):

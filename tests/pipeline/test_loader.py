@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -412,21 +413,31 @@ def test_blocks_are_announced_before_they_are_read(tmp_path, packing, monkeypatc
 
 
 def test_a_consumer_that_computes_does_not_wait_for_data(corpus):
+    """Batches are read ahead: one is taken, and the reading of those far behind it has begun by itself."""
     loader = Loader(corpus, options(), global_batch_samples=8, micro_batch_samples=8, prefetch_batches=8)
+    read, done, asked, answers = loader.sample_set.read_batches, [], threading.Event(), threading.Event()
+
+    def read_batches(*arguments):
+        if len(done) == 2:
+            asked.set()
+            answers.wait()
+        done.append(read(*arguments))
+        return done[-1]
+
+    loader.sample_set.read_batches = read_batches
     batches = iter(loader)
     next(batches)
-    began, waited = time.perf_counter(), loader.data_wait_seconds
-    for _ in range(100):
-        time.sleep(0.005)
-        next(batches)
-    assert loader.data_wait_seconds - waited < 0.5 * (time.perf_counter() - began)
+    assert asked.wait(60)
+    ready = sum(map(len, done)) - 1
+    assert ready > 8 and len([next(batches) for _ in range(ready)]) == ready  # without the disk, which does not answer
+    answers.set()
     loader.close()
 
 
 def test_a_slow_source_of_batches_shows_as_waiting(corpus, monkeypatch):
     loader = Loader(corpus, options(), global_batch_samples=256, micro_batch_samples=128)
     read = loader.sample_set.read_batches
-    monkeypatch.setattr(loader.sample_set, "read_batches", lambda *a: (time.sleep(0.05), read(*a))[1])
+    monkeypatch.setattr(loader.sample_set, "read_batches", lambda *a: (time.sleep(0.3), read(*a))[1])
     take(loader, 6)
     assert loader.data_wait_seconds > 0.05
 

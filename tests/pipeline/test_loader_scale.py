@@ -11,10 +11,10 @@ from data_prep.shards import Manifest, ShardInfo, index_chunks
 
 SHARD_TOKENS, SHARD_DOCUMENTS, SOURCES = 10_000_000, 20_000, 100
 
-# Prints seconds and megabytes of: opening the corpus, building the loader, reading 40 batches. In a process of its own,
-# because memory is measured.
+# Prints how many files were opened, and the megabytes, after: opening the corpus, building the loader, reading 40
+# batches. In a process of its own, because memory is measured.
 MEASURE = """
-import json, os, sys, time
+import json, os, sys
 from itertools import islice
 from pathlib import Path
 from data_prep.shards import Corpus
@@ -24,19 +24,20 @@ def resident_mb(field):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(field))
     return int(line.split()[1]) / 1024
 
-before, times = resident_mb("VmRSS"), [time.perf_counter()]
+before, opened, marks = resident_mb("VmRSS"), [0], []
+sys.addaudithook(lambda event, arguments: event == "open" and opened.__setitem__(0, opened[0] + 1))
 corpus = Corpus.open(sys.argv[1])
-times.append(time.perf_counter())
+marks.append(opened[0])
 options = DataOptions(seq_tokens=512, seed=1, temperature_alpha=0.3)
 loader = Loader(corpus, options, global_batch_samples=64, micro_batch_samples=32)
-times.append(time.perf_counter())
+marks.append(opened[0])
 shapes = {tuple(batch.input_ids.shape) for batch in islice(loader, 40)}
-times.append(time.perf_counter())
+marks.append(opened[0])
 files = len(os.listdir("/proc/self/fd"))
 loader.close()
 samples = int(loader.sample_set.sizes.sum())
 grown = resident_mb("VmHWM") - before
-print(json.dumps({"times": times, "mb": grown, "files": files, "samples": samples, "shapes": list(shapes)}))
+print(json.dumps({"opened": marks, "mb": grown, "files": files, "samples": samples, "shapes": list(shapes)}))
 """
 
 
@@ -85,12 +86,12 @@ def test_start_and_memory_hardly_depend_on_the_size_of_the_corpus(tmp_path, shar
         [sys.executable, "-c", MEASURE, str(tmp_path)], cwd=root, capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout)
-    began, opened, built, read = found["times"]
+    opened, built, read = found["opened"]
     assert found["samples"] == shards * (SHARD_TOKENS // 510)
     assert found["samples"] * 510 > 0.99 * tokens
-    assert opened - began < shards / 1000, "opening takes a second per thousand shards or more"
-    assert built - opened < 0.1 + shards / 1000 / 5
+    assert opened < shards + 100, "a corpus is opened by its manifest and the head of each index"
+    assert built - opened < 20, "a loader is built from the manifest alone"
     assert found["mb"] < 200
     assert found["shapes"] == [[32, 512]]
     assert found["files"] < 400, "shards are kept open without bound"
-    assert read - built < 10
+    assert read - built < 60 * 32 + 100, "a row takes one file, read ahead or not"

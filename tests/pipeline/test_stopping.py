@@ -3,7 +3,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 
@@ -37,7 +36,6 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(number, tmp_path):
         for rank in range(2)
     ]
     assert [rank.stdout.readline() for rank in ranks] == ["ready\n", "ready\n"]
-    time.sleep(0.2)
     ranks[1].send_signal(number)
     (out0, _), (out1, _) = (rank.communicate(timeout=60) for rank in ranks)
     assert [rank.returncode for rank in ranks] == [0, 0]

@@ -1,7 +1,11 @@
 """Real runs: two gloo ranks under DeepSpeed, a real teacher, real text."""
 
+import re
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint import read_weights
 from pipeline.monitor import read_metrics
@@ -92,3 +96,42 @@ def test_a_corpus_without_held_out_split_trains_without_that_loss(samples, disti
     )
     assert "no held-out loss" in process.stdout and "done: 2 steps" in process.stdout
     assert losses(tmp_path / "run", "validation") == []
+
+
+def test_a_mistake_that_one_rank_alone_finds_is_said_once(samples, distill, tmp_path):
+    """Two sources that take turns, a sample each a step: one rank alone reads the second, whose ids are damaged."""
+    import numpy as np
+
+    from data_prep.prepare import PrepareRequest, prepare
+    from data_prep.sources import Source
+
+    lines = samples.leads("en").read_text().splitlines()
+    for name, part in (("a", lines[:150]), ("b", lines[150:300])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+    sources = tuple(Source.parse(f"jsonl:{tmp_path / name}.jsonl") for name in ("a", "b"))
+    prepare(PrepareRequest(tokenizer=str(samples.teacher), sources=sources), tmp_path / "corpus", workers=0)
+    path = tmp_path / "corpus" / "train" / "b" / "00000.bin"
+    np.full(path.stat().st_size // 2, 65_000, "<u2").tofile(path)
+    batch = ["optimizer.global_batch_samples=2", "data.weights={a = 1.0, b = 1.0}"]
+    process = distill(tmp_path / "run", f"data.corpus={tmp_path / 'corpus'}", *batch, expect=2)
+    assert process.stderr.count("distill: error") == 1 and "Traceback" not in process.stderr
+    assert f"{path} holds the token id 65000" in process.stderr and re.search(r"\[rank [01] on .+\]", process.stderr)
+
+
+def test_a_run_whose_corpus_and_teacher_have_moved_goes_on(runs, samples, corpus_folder, distill, tmp_path):
+    """What they are is compared, not where they lie; the corpus lies there read-only."""
+    run = shutil.copytree(runs.unbroken, tmp_path / "run")
+    corpus = shutil.copytree(corpus_folder, tmp_path / "moved-corpus")
+    teacher = shutil.copytree(samples.teacher, tmp_path / "moved-teacher")
+    for path in (*corpus.rglob("*"), corpus):
+        path.chmod(path.stat().st_mode & ~0o222)
+    moved = [f"data.corpus={corpus}", f"teacher.model={teacher}"]
+    process = distill(run, *moved, "--resume=3")
+    assert "resumed from step 3" in process.stdout
+    assert losses(run) == losses(runs.unbroken)
+    assert all(path.stat().st_mode & 0o200 for path in (run / "model").iterdir())
+    weights = load_file(teacher / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"] *= 1.5
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    process = distill(run, *moved, expect=2)
+    assert "learned from another teacher" in process.stderr
