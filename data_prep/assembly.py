@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import itertools
-import json
 import queue
 import threading
 from collections import Counter
@@ -15,9 +14,9 @@ from pathlib import Path
 from data_prep import parts, sources, units
 from data_prep.errors import UserError
 from data_prep.formats import Block
+from data_prep.manifest import ShardInfo
 from data_prep.parts import Part, ShardJob, ShardPlanner
 from data_prep.progress import Progress
-from data_prep.shards import ShardInfo
 from data_prep.sources import Source, Unit
 from data_prep.units import UnitOptions
 
@@ -224,7 +223,7 @@ class Assembly:
         for job in jobs:
             record = parts.shard_record(self._work, job.path)
             if record.exists():
-                self._shards.append(ShardInfo(**json.loads(record.read_bytes())))
+                self._shards.append(ShardInfo(**parts.read_record(record)))
                 continue
             self._readers_of.update({piece.base for piece in job.pieces})
             self._pending[self._engine.submit(parts.build_shard, job, self._out, self._work)] = (job, 0)

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import durable
-from data_prep.shards import COPY_BYTES, ShardInfo, ShardWriter
+from data_prep.errors import UserError
+from data_prep.manifest import ShardInfo
+from data_prep.shards import COPY_BYTES, ShardWriter
 
 SPLITS = ("train", "validation")
 
@@ -24,6 +26,18 @@ SPLITS = ("train", "validation")
 def publish(path: Path, chunks: Iterable, *, flush_folder: bool = True) -> None:
     """Writes a file that a worker which outlived a killed run may be writing too: each under a name of its own."""
     durable.write_chunks(path, chunks, aside=f".{uuid.uuid4().hex}", flush_folder=flush_folder)
+
+
+def read_record(path: Path) -> dict:
+    """What a finished piece of work has left behind.
+
+    Raises:
+        UserError: the disk has not kept it.
+    """
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}). Delete it, then run the same command again.") from None
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class Part:
 
     def record(self) -> dict[str, int]:
         """What was counted while the part was made."""
-        return json.loads(self._file("json").read_bytes())
+        return read_record(self._file("json"))
 
     def signed_lengths(self) -> np.ndarray:
         """int32 lengths of the documents in the order of the input; negative for validation."""

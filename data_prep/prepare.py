@@ -6,9 +6,11 @@ be taken for whole. The manifest is written last, and then `.work` goes.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,15 +18,19 @@ from data_prep import durable, sources
 from data_prep.assembly import Assembly
 from data_prep.engines import open_engine
 from data_prep.errors import UserError
+from data_prep.manifest import FORMAT_VERSION, Manifest
+from data_prep.parts import SPLITS
 from data_prep.progress import Progress
 from data_prep.request import PrepareRequest
-from data_prep.shards import FORMAT_VERSION, Corpus, Manifest, token_dtype
+from data_prep.shards import Corpus, token_dtype
 from data_prep.sources import Source
 from data_prep.tokenizer import Tokenizer
 from data_prep.units import UnitOptions
 
 WORK_FOLDER = ".work"
-MOST_UNKNOWN = 0.5  # share of a source's tokens: text in a script that a vocabulary half knows stays below it
+MOST_NAME = 200  # characters of a path that a message shows
+MANY_UNKNOWN = 0.05  # of a source's text, worth a line: names in foreign scripts stay below
+MOST_UNKNOWN = 0.5  # refused: the teacher would see more unknown tokens than words
 
 
 def prepare(
@@ -54,18 +60,19 @@ def prepare(
     try:
         return _prepare(request, out, lambda: open_engine(engine, workers, ray_address), show_progress)
     except OSError as error:
-        name = error.filename or out
+        name = str(error.filename or out)
+        name = name if len(name) <= MOST_NAME else f"{name[: MOST_NAME // 2]}...{name[-MOST_NAME // 2 :]}"
+        kept = f" Everything finished is kept in {out}:" if _is_begun(out) else " Nothing was begun:"
         raise UserError(
-            f"{name}: {error.strerror or error}. Everything finished is kept in {out}: mend that, then run the same "
-            "command again."
+            f"{name}: {error.strerror or error}.{kept} mend that, then run the same command again."
         ) from error
 
 
 def _prepare(request: PrepareRequest, out: Path, start_engine: Callable, show_progress: bool) -> Corpus:
     work = out / WORK_FOLDER
     _check_claimable(out)
-    is_finished = (out / "manifest.json").exists()
-    expanded = [] if is_finished else sources.expand(request.sources)  # names of files are checked first: it is quick
+    finished = _open_finished(out) if (out / "manifest.json").exists() else None
+    expanded = sources.expand(request.sources) if finished is None else []  # names of files are checked first: quick
     tokenizer = Tokenizer.load(request.tokenizer, encoder=request.encoder)
     state = {
         "format_version": FORMAT_VERSION,
@@ -79,20 +86,19 @@ def _prepare(request: PrepareRequest, out: Path, start_engine: Callable, show_pr
         },
         "request": request.as_dict(),
     }
-    if is_finished:
-        corpus = Corpus.open(out)
-        made = {key: getattr(corpus.manifest, key) for key in state}
+    if finished is not None:
+        made = {key: getattr(finished.manifest, key) for key in state}
         _refuse_if_different(out, made, state)
         shutil.rmtree(work, ignore_errors=True)
-        return corpus
+        return finished
     expanded = sources.open_tables(expanded)
     work.mkdir(parents=True, exist_ok=True)
     with _locked(work):
         _claim(out, work, state, _inputs(expanded))
         _remove_partial_files(out)
         plans = [(source, list(sources.plan(source, request.unit_bytes))) for source in expanded]
-        _save_tokenizer(tokenizer, out / "tokenizer")
-        tokenizer.encoder.save(work / "encoder")
+        _save(tokenizer.save, out / "tokenizer")
+        _save(tokenizer.encoder.save, work / "encoder")
         options = UnitOptions(
             encoder_folder=str(work / "encoder"),
             work_folder=str(work),
@@ -118,24 +124,42 @@ def _prepare(request: PrepareRequest, out: Path, start_engine: Callable, show_pr
     return Corpus.open(out)
 
 
+def _open_finished(out: Path) -> Corpus:
+    try:
+        return Corpus.open(out)
+    except UserError as error:  # preparing again, which it may advise, is just what cannot be done here
+        raise UserError(f"{error} Nothing was written: choose another --out, or delete that folder first.") from None
+
+
 def _check_claimable(out: Path) -> None:
     """Refuse a folder with other people's files; ours hold a manifest, or the work of an unfinished corpus."""
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"--out {out} is a symbolic link that leads nowhere. Give a folder.")
     if not out.exists():
         return
     if not out.is_dir():
         raise UserError(f"--out {out} is a file. Give a folder that is new, empty or an unfinished corpus.")
     names = sorted(path.name for path in out.iterdir())
-    ours = "manifest.json" in names or (out / WORK_FOLDER / "request.json").is_file() or names == [WORK_FOLDER]
-    if names and not ours:
+    if names and not _is_begun(out) and not (out / "manifest.json").is_file():
         raise UserError(
             f"--out {out} holds files that are no corpus ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); "
             "nothing was written. Give a folder that is new, empty or an unfinished corpus."
         )
 
 
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def _is_begun(out: Path) -> bool:
+    """Whether a preparation has begun in a folder, if only by a moment."""
+    work = out / WORK_FOLDER
     try:
-        tokenizer.save(folder)
+        begun = set(os.listdir(out)) == {WORK_FOLDER} and set(os.listdir(work)) <= {"lock", "request.json.partial"}
+        return begun or (work / "request.json").is_file()
+    except OSError:
+        return False
+
+
+def _save(write: Callable[[Path], None], folder: Path) -> None:
+    try:
+        write(folder)
     except Exception as error:  # the tokenizers' own libraries tell of a full disk in their own ways
         if isinstance(error, OSError) and error.filename:
             raise
@@ -156,12 +180,14 @@ def _check_result(out: Path, work: Path, counts: dict[str, dict[str, int]]) -> N
             "Check the sources and their options, then run the command again."
         )
     for name, source in sorted(counts.items()):
-        share = source.get("unknown_tokens", 0) / max(1, source.get("tokens", 0))
+        share = source.get("unknown_tokens", 0) / max(1, source.get("text_tokens", 0))
         if share > MOST_UNKNOWN:
             raise UserError(
                 f"{share:.0%} of the tokens of source {name} are unknown to this tokenizer: it does not know this "
                 "script, or is not the teacher's. No corpus was made; choose another tokenizer (and another --out)."
             )
+        if share > MANY_UNKNOWN:
+            print(f"prepare: {share:.0%} of the tokens of source {name} are unknown to this tokenizer", file=sys.stderr)
 
 
 def _inputs(expanded: list[Source]) -> dict[str, list]:
@@ -199,8 +225,14 @@ def _claim(out: Path, work: Path, state: dict, inputs: dict[str, list]) -> None:
     if not path.exists():
         durable.write(path, json.dumps({**state, "inputs": inputs}, indent=1))
         return
-    made = json.loads(path.read_bytes())
-    before = made.pop("inputs")
+    try:
+        made = json.loads(path.read_bytes())
+        before = dict(made.pop("inputs"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}). Delete {out} and begin anew, or "
+            "choose another --out."
+        ) from None
     _refuse_if_different(out, made, state)
     if changed := sorted(name for name in before.keys() | inputs.keys() if before.get(name) != inputs.get(name)):
         raise UserError(
@@ -223,8 +255,11 @@ def _locked(work: Path) -> Iterator[None]:
 
 
 def _remove_partial_files(out: Path) -> None:
-    """Of an earlier start, in the folders that this program writes."""
-    for folder in ("train", "validation", "tokenizer", WORK_FOLDER):
-        for path in (out / folder).rglob("*.partial"):
-            path.unlink(missing_ok=True)
-    (out / "manifest.json.partial").unlink(missing_ok=True)
+    """Of an earlier start: those that this program writes, by the names it gives them."""
+    ours = itertools.chain(
+        *((out / split).glob(f"*/{name}.partial") for split in SPLITS for name in ("[0-9]*.bin.*", "[0-9]*.idx")),
+        (out / WORK_FOLDER).rglob("*.partial"),
+        [out / "manifest.json.partial"],
+    )
+    for path in ours:
+        path.unlink(missing_ok=True)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import durable
+from data_prep import durable, tokenizer_files
 from data_prep.errors import UserError
-from data_prep.shards import Corpus, ShardInfo
+from data_prep.manifest import ShardInfo
+from data_prep.shards import Corpus
 from data_prep.tokenizer import Tokenizer
 
 SAMPLE_CHARACTERS = 600
@@ -27,7 +28,9 @@ def show(corpus: Corpus, console, *, sample: int | None = None, verify: bool = F
     console.print(table(corpus))
     for source, counts in sorted(corpus.manifest.counts.items()):
         shown = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in sorted(counts.items()))
-        console.print(f"{source}: {shown}", highlight=False)
+        if (unknown := counts.get("unknown_tokens", 0)) > 0 and (text := counts.get("text_tokens", 0)) > 0:
+            shown += f" ({unknown / text:.1%} of the text)"
+        console.print(f"{source}: {shown}", highlight=False, markup=False)
     if sample:
         for title, text in samples(corpus, sample):
             console.rule(title)
@@ -57,7 +60,9 @@ def table(corpus: Corpus):
 
 def samples(corpus: Corpus, count: int) -> list[tuple[str, str]]:
     """Some documents spread evenly over the corpus: where each is, and its text."""
-    tokenizer = Tokenizer.load(corpus.folder / "tokenizer")
+    folder = corpus.folder / "tokenizer"
+    tokenizer_files.require_unchanged(folder, corpus.manifest.tokenizer["fingerprint"])
+    tokenizer = Tokenizer.load(folder)
     shards = corpus.manifest.shards
     ends = np.cumsum([shard.documents for shard in shards])
     found = []

@@ -14,29 +14,21 @@ on request.
 """
 
 import hashlib
-import json
 import os
 import struct
 import uuid
 from array import array
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-import pydantic
-from pydantic import Field
-from typing_extensions import NotRequired, TypedDict
 
 from data_prep import durable
 from data_prep.errors import UserError
+from data_prep.manifest import Manifest, ShardInfo, parse_manifest
 
-FORMAT_VERSION = 1
-_STRICT = pydantic.ConfigDict(strict=True, extra="forbid")
-NotNegative = Annotated[int, Field(ge=0)]
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
@@ -57,57 +49,6 @@ INDEX_RUN = 1 << 18
 def token_dtype(vocabulary_tokens: int) -> str:
     """The narrowest dtype that holds the vocabulary."""
     return "uint16" if vocabulary_tokens < UINT16_VOCABULARY_LIMIT else "int32"
-
-
-class TokenizerInfo(TypedDict):
-    """What made a corpus's ids."""
-
-    fingerprint: str
-    vocabulary_tokens: Annotated[int, Field(gt=0)]
-    cls_id: NotNegative
-    sep_id: NotNegative
-    pad_id: NotNegative
-    encoder: NotRequired[dict[str, str]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardInfo:
-    """One shard as the manifest lists it."""
-
-    __pydantic_config__ = _STRICT
-
-    path: Annotated[str, Field(pattern=r"^(train|validation)/[A-Za-z0-9][A-Za-z0-9._-]*/[0-9]+$")]
-    """Such as "train/wikipedia-en/00000": relative to the corpus, without suffix."""
-    split: Literal["train", "validation"]
-    source: str
-    language: str
-    documents: NotNegative
-    tokens: NotNegative
-    """Separators included."""
-    bytes: NotNegative
-    """Size of the .bin file."""
-    bin_sha256: str
-    idx_sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a corpus is."""
-
-    __pydantic_config__ = _STRICT
-
-    format_version: int
-    tokenizer: TokenizerInfo
-    dtype: Literal["uint16", "int32"]
-    request: dict
-    counts: dict[str, dict[str, int]]
-    shards: tuple[ShardInfo, ...]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-
-
-_MANIFEST = pydantic.TypeAdapter(Manifest)
 
 
 def index_chunks(lengths: np.ndarray, dtype: str) -> Iterator[bytes]:
@@ -239,7 +180,7 @@ class Corpus:
             )
             raise UserError(f"{folder} {what}.")
         raw = path.read_bytes()
-        manifest = _parse_manifest(path, raw)
+        manifest = parse_manifest(path, raw)
         if not any(shard.tokens for shard in manifest.shards):
             raise UserError(f"{folder} holds no tokens: the corpus is empty. Check its sources.")
         for shard in manifest.shards:
@@ -266,11 +207,18 @@ class Corpus:
         path = self.folder / f"{shard.path}.idx"
         index = read_index(path)
         ends = np.cumsum(index.lengths, dtype=np.int64)
-        starts = np.concatenate([[0], ends[:-1]]) * np.dtype(self.manifest.dtype).itemsize
-        whole = len(ends) == shard.documents and (not len(ends) or ends[-1] == shard.tokens)
-        if not (whole and (index.lengths > 0).all() and np.array_equal(index.offsets_bytes, starts)):
+        starts = (ends - index.lengths) * np.dtype(self.manifest.dtype).itemsize
+        whole = len(ends) == shard.documents and shard.tokens == (ends[-1] if len(ends) else 0)
+        bounds = np.arange(len(ends) + 1)
+        if not (
+            whole
+            and (index.lengths > 0).all()
+            and np.array_equal(index.offsets_bytes, starts)
+            and np.array_equal(index.document_bounds, bounds)
+        ):
             raise UserError(
-                f"{path} is damaged: its lengths and offsets do not fit together. Prepare the corpus again."
+                f"{path} is damaged: its lengths, offsets and bounds do not fit together. Copy or prepare the corpus "
+                "again."
             )
         return index
 
@@ -288,38 +236,6 @@ class Corpus:
         ]
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # hashing releases the interpreter lock
             return [path for (path, _), bad in zip(items, pool.map(differs, items), strict=True) if bad]
-
-
-def _parse_manifest(path: Path, raw: bytes) -> Manifest:
-    try:
-        version = json.loads(raw)["format_version"]
-        if version != FORMAT_VERSION:
-            raise UserError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}. Prepare again.")
-        manifest = _MANIFEST.validate_json(raw)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is damaged ({where}: {first['msg']}). Prepare the corpus again.") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}). Prepare the corpus again.") from None
-    _check_consistent(path, manifest)
-    return manifest
-
-
-def _check_consistent(path: Path, manifest: Manifest) -> None:
-    """Refuse what no preparation writes: a shard twice or in a foreign folder, special ids out of the vocabulary."""
-    paths = Counter(shard.path for shard in manifest.shards)
-    problems = [f"shard {name} is listed {count} times" for name, count in paths.items() if count > 1]
-    for shard in manifest.shards:
-        if shard.path.split("/")[:2] != [shard.split, shard.source]:
-            problems.append(f"shard {shard.path} is listed as {shard.split} of {shard.source}")
-        if shard.bytes != shard.tokens * np.dtype(manifest.dtype).itemsize:
-            problems.append(f"shard {shard.path} is listed with {shard.tokens} tokens and {shard.bytes} bytes")
-    special = [manifest.tokenizer[name] for name in ("cls_id", "sep_id", "pad_id")]
-    if max(special) >= manifest.tokenizer["vocabulary_tokens"]:
-        problems.append(f"special ids {special} lie outside of the vocabulary")
-    if problems:
-        raise UserError(f"{path} is damaged ({problems[0]}). Prepare the corpus again.")
 
 
 def _check_sizes(folder: Path, shard: ShardInfo, dtype: str) -> None:

@@ -31,6 +31,7 @@ _LANGUAGE_OF_FILE = {
     "wikipedia": re.compile(r"([a-z]{2,3}(?:_[a-z_]+)?|simple)wiki-"),
     "cc100": re.compile(r"([a-z]{2,3}(?:[_-][A-Za-z]+)?)\.txt"),
 }
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # a folder's name, on any file system
 COMPRESSION_RATIO = 4  # of text, roughly: compressed units are planned this much smaller
 BOOK_ROWS = 4096  # sentences a document when BookCorpus has one sentence a row
 BLOCK_BYTES = 1 << 20
@@ -86,17 +87,21 @@ class Source:
         if missing := {"kind", "path"} - set(options):
             raise UserError(f"a source needs {' and '.join(sorted(missing))}; given: {options}.")
         options = dict(options)
+        if wrong := sorted(key for key in set(options) - {"rows_per_document"} if not isinstance(options[key], str)):
+            raise UserError(f"source option {wrong[0]}={options[wrong[0]]!r}: expected a text.")
         try:
             options["rows_per_document"] = int(options.get("rows_per_document", 0))
-        except ValueError:
+        except (ValueError, TypeError):
             raise UserError(f"rows_per_document={options['rows_per_document']!r} is not a whole number.") from None
         source = cls(**options)
         if source.kind not in KINDS:
             raise UserError(f"source kind {source.kind!r} is not known; known are {', '.join(KINDS)}.")
         if source.documents not in ("", "file", "paragraph", "line"):
             raise UserError(f"documents={source.documents!r}: expected file, paragraph or line.")
-        if source.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", source.name):
-            raise UserError(f"source name {source.name!r}: use letters, digits, dots, hyphens and underscores.")
+        if source.name and not re.fullmatch(_NAME, source.name):
+            raise UserError(
+                f"source name {source.name[:60]!r}: use at most 100 letters, digits, dots, hyphens and underscores."
+            )
         return source
 
     def as_dict(self) -> dict:
@@ -138,6 +143,11 @@ def expand(sources: tuple[Source, ...]) -> list[Source]:
             expanded.append(_named(replace(source, language=language, files=tuple(paths)), len(by_language) > 1))
     names = [source.name for source in expanded]
     for name in names:
+        if not re.fullmatch(_NAME, name):
+            raise UserError(
+                f"a source would be called {name[:60]!r}, from its kind, language and files: give it a name of at most "
+                "100 letters, digits, dots, hyphens and underscores, as in `cc100,name=...:PATH`."
+            )
         if names.count(name) > 1:
             raise UserError(
                 f"two sources are called {name!r}: give one of them another name, as in `jsonl,name=...:PATH`."
@@ -168,7 +178,7 @@ def _named(source: Source, many_languages: bool = False) -> Source:
 
 def _stem(path: str) -> str:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(path.rstrip("/")).name.split(".")[0]).strip("-")
-    return stem or "text"
+    return stem[:80] or "text"
 
 
 def _language_of(kind: str, path: str) -> str:

@@ -26,17 +26,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import durable
+from data_prep import durable, tokenizer_files
 from data_prep.errors import UserError
 from data_prep.guard import SEPARATOR, Guard
 from data_prep.seams import Seams, find_seams
 
 PIECE_CHARACTERS = 1 << 16
 PIECES_AT_A_TIME = 64  # bounds the encoders' memory
-_VOCABULARIES = (
-    *("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model"),
-    *("spiece.model", "spm.model", "tokenizer.model"),
-)
 CHECK_EVERY = 1024  # one document in so many is encoded by both
 _PROBES = (
     "The quick (brown) fox, it's 3.5 metres -- nearly!\tSee https://example.org/a_b?c=d\n\n  the lazy dog's back.",
@@ -216,32 +212,6 @@ class Encoder:
         counts["encoded_twice"] += len(numbers)
 
 
-def fingerprint_of(path: Path) -> str:
-    """The fingerprint of a tokenizer.json, as `Tokenizer.fingerprint`, without any library.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        settings = json.loads(path.read_bytes())
-        return hashlib.sha256(_canonical({**settings, "truncation": None, "padding": None}).encode()).hexdigest()
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as a tokenizer ({error}).") from None
-
-
-def _canonical(settings: dict) -> str:
-    return json.dumps(settings, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-
-
-def _check_files(source: Path) -> None:
-    """Refuse a folder without a tokenizer's files, for which an empty tokenizer would be invented."""
-    if source.is_dir() and not any((source / name).is_file() for name in _VOCABULARIES):
-        raise UserError(
-            f"the folder {source} holds no tokenizer: expected one of {', '.join(_VOCABULARIES)}. Copy it there from "
-            "the teacher."
-        )
-
-
 def _read_fast(canonical_json: str):
     """tokie's reading of a tokenizer file, or None if it cannot read it."""
     try:
@@ -281,7 +251,7 @@ class Tokenizer:
         self._truncation, self._padding = self._reference.truncation, self._reference.padding
         self._take_whole_texts()
         settings = json.loads(self._reference.to_str())
-        self._canonical = _canonical(settings)
+        self._canonical = tokenizer_files.canonical(settings)
         self.fingerprint = hashlib.sha256(self._canonical.encode()).hexdigest()
         self.vocabulary_tokens = len(hub_tokenizer)
         self.cls_id = self._special("cls", "bos")
@@ -295,11 +265,11 @@ class Tokenizer:
         """Loads the tokenizer of a model folder or hub id.
 
         Raises:
-            UserError: there is no tokenizer at `source`.
+            UserError: there is no tokenizer at `source`, or one without a vocabulary, or another model's.
         """
         from transformers import AutoTokenizer
 
-        _check_files(Path(source))
+        tokenizer_files.require_vocabulary(Path(source))
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
         except Exception as error:  # a missing folder, no network, a missing converter: each its own kind
@@ -315,6 +285,7 @@ class Tokenizer:
                 f"the tokenizer of {str(source)!r} knows its special tokens alone: its vocabulary is missing. Expected "
                 "tokenizer.json, vocab.txt or sentencepiece.bpe.model beside the model."
             )
+        tokenizer_files.require_fitting(Path(source), len(tokenizer))
         return cls(tokenizer, encoder)
 
     @functools.cached_property

@@ -28,6 +28,7 @@ class UnitOptions:
     dtype: str
     sep_id: int
     unknown_id: int
+    """-1 if the tokenizer has none."""
     validation_fraction: float
     min_tokens: int
     limit_documents: int | None
@@ -72,7 +73,8 @@ def encode_unit(unit: Unit, block_number: int, block: Block | None, options: Uni
         signed_lengths.append(np.where(held_out, -closed_lengths, closed_lengths)[keep])
         counts["documents"] += int(keep.sum())
         counts["tokens"] += int(closed_lengths[keep].sum())
-        counts["unknown_tokens"] += int((ids[np.repeat(keep, lengths)] == options.unknown_id).sum())
+        counts["text_tokens"] += int(lengths[keep].sum())
+        counts["unknown_tokens"] += _occurrences(options.unknown_id, ids, lengths, keep)
         counts["dropped_short"] += int((lengths < max(1, options.min_tokens)).sum())
         if counts["documents"] == options.limit_documents:
             break
@@ -116,6 +118,12 @@ def _held_out(texts: list[str], fraction: float) -> np.ndarray:
         return np.zeros(len(texts), dtype=bool)
     digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
     return np.frombuffer(digests, dtype="<u8") < int(fraction * 2**64)
+
+
+def _occurrences(token: int, ids: np.ndarray, lengths: np.ndarray, keep: np.ndarray) -> int:
+    """How often a token occurs in the documents that are kept."""
+    found = ids == token
+    return int(np.count_nonzero(found if keep.all() else found & np.repeat(keep, lengths)))
 
 
 def _close_documents(ids: np.ndarray, lengths: np.ndarray, sep_id: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import psutil
 
-from data_prep import samples
+from data_prep import samples, tokenizer_files
 from data_prep.errors import UserError
 from data_prep.shards import Corpus
-from data_prep.tokenizer import Tokenizer, fingerprint_of
+from data_prep.tokenizer import Tokenizer
 from pipeline import checkpoint, deepspeed_config
 from pipeline.architectures import mixes_neighbours, require_activation_checkpointing
 from pipeline.build import data_options, student_shape, teacher_settings
@@ -181,12 +181,19 @@ def _check_bytes(recipe: Recipe, corpus: Corpus) -> None:
 
 
 def _check_tokenizer(corpus: Corpus, teacher_model: str) -> None:
-    ours, theirs = Tokenizer.load(teacher_model).fingerprint, corpus.manifest.tokenizer["fingerprint"]
+    tokenizer, made = Tokenizer.load(teacher_model), corpus.manifest.tokenizer
+    ours, theirs = tokenizer.fingerprint, made["fingerprint"]
     if ours != theirs:
         raise UserError(
             f"the corpus {corpus.folder} was made with another tokenizer ({theirs[:12]}) than that of the teacher "
             f"{teacher_model} ({ours[:12]}). Prepare it again: minilm prepare --tokenizer {teacher_model} ..."
         )
+    for name in ("vocabulary_tokens", "cls_id", "sep_id", "pad_id"):
+        if made[name] != getattr(tokenizer, name):
+            raise UserError(
+                f"{corpus.folder / 'manifest.json'} has {name} {made[name]}, the tokenizer of the teacher "
+                f"{teacher_model} has {getattr(tokenizer, name)}: one of them was changed. Copy it again."
+            )
 
 
 def _check_vocabulary(corpus: Corpus, vocabulary: int, model: str) -> None:
@@ -197,9 +204,7 @@ def _check_vocabulary(corpus: Corpus, vocabulary: int, model: str) -> None:
             f"the tokenizer of the corpus {corpus.folder} knows {tokens:,} tokens, the teacher {model} has "
             f"embeddings for {vocabulary:,}: one of them is not the other's"
         )
-    path = corpus.folder / "tokenizer" / "tokenizer.json"
-    if path.is_file() and fingerprint_of(path) != corpus.manifest.tokenizer["fingerprint"]:
-        raise UserError(f"{path} has changed since the corpus was made. Copy or prepare the corpus again.")
+    tokenizer_files.require_unchanged(corpus.folder / "tokenizer", corpus.manifest.tokenizer["fingerprint"])
 
 
 def _check_samples(recipe: Recipe, corpus: Corpus, world_size: int) -> None:

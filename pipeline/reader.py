@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from data_prep.errors import UserError
-from data_prep.shards import Corpus, ShardInfo
+from data_prep.manifest import ShardInfo
+from data_prep.shards import Corpus
 from pipeline.order import derive_key
 
 # Open shards a reader keeps; far below the usual limit of 1024 files of a process.

@@ -62,7 +62,8 @@ def rows_of(scale: int) -> np.ndarray:
 
 
 def write_corpus(folder: Path, scale: int) -> None:
-    from data_prep.shards import Manifest, ShardWriter
+    from data_prep.manifest import Manifest
+    from data_prep.shards import ShardWriter
 
     writer = ShardWriter(folder, "train/a/00000", dtype="uint16", split="train", source="a", language="en")
     tokens = tokens_of(scale)

@@ -1,5 +1,6 @@
 """Teachers' tokenizers of every family, and real text in many scripts."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,21 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def shown():
+    """What `minilm inspect` says of a corpus."""
+    from rich.console import Console
+
+    from data_prep import report
+
+    def show(corpus, **options) -> str:
+        text = io.StringIO()
+        report.show(corpus, Console(file=text, width=200, markup=False), **options)
+        return text.getvalue()
+
+    return show
 
 
 def texts_of(path: Path, count: int) -> list[str]:

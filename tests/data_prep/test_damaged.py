@@ -1,21 +1,23 @@
-"""Corpora that were damaged, and folders that are none: refused with the name of what is wrong, or read right."""
+"""Corpora that were damaged, whole or in the making: refused with the name of what is wrong, or read right."""
 
+import contextlib
 import copy
+import io
 import json
-import os
 import random
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from data_prep import report
 from data_prep.errors import UserError
 from data_prep.prepare import PrepareRequest, prepare
-from data_prep.shards import Corpus, read_index
+from data_prep.shards import Corpus
 from data_prep.sources import Source
-from data_prep.tokenizer import Tokenizer, fingerprint_of
+from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer_files import fingerprint_of
 from pipeline.loader import DataOptions, SampleSet
 
 WRONG = (
@@ -57,7 +59,7 @@ def damaged(corpus_folder, tmp_path):
 def use(folder) -> None:
     """All that reads a corpus."""
     corpus = Corpus.open(folder)
-    report.table(corpus)
+    report.show(corpus, Console(file=io.StringIO()), plot=folder.parent / "picture.svg")
     for split in ("train", "validation"):
         if corpus.shards(split):
             for packing in ("window", "none"):
@@ -148,11 +150,11 @@ def test_an_index_whose_numbers_were_changed_is_refused_before_documents_are_rea
     folder, _ = damaged
     path = next((folder / "train").rglob("*.idx"))
     whole = path.read_bytes()
-    header, documents = 34, len(read_index(path).lengths)
+    header = 34
     chance = random.Random(1)
     for _ in range(60):
         data = bytearray(whole)
-        at = chance.randrange(header, header + 12 * documents)
+        at = chance.randrange(header, len(whole))
         data[at] ^= 1 << chance.randrange(8)
         path.write_bytes(data)
         corpus = Corpus.open(folder)
@@ -181,92 +183,106 @@ def test_fingerprint_of_a_file_is_the_tokenizers(corpus_folder, samples, tmp_pat
         fingerprint_of(tmp_path / "tokenizer.json")
 
 
-# --- folders and tokenizers that prepare is given ------------------------------------------------------------------
+def test_bytes_that_were_changed_are_found_by_their_checksum_and_read_as_other_ids_or_refused(damaged):
+    folder, _ = damaged
+    paths = sorted(path for split in ("train", "validation") for path in (folder / split).rglob("*.*"))
+    chance = random.Random(2)
+    for _ in range(60):
+        path = chance.choice(paths)
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        for _ in range(chance.choice((1, 1, 200))):
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        with contextlib.suppress(UserError):  # a damaged header is refused before
+            assert Corpus.open(folder).verify() == [str(path.relative_to(folder))]
+        try:
+            use(folder)
+        except UserError as error:
+            assert path.name in str(error) and str(folder) in str(error)
+        path.write_bytes(whole)
+    assert Corpus.open(folder).verify() == []
 
 
-@pytest.fixture
-def request_of(samples, tmp_path):
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": f"Sentence number {n} of a small corpus."}) + "\n" for n in range(50)))
-
-    def make(path=text, **changes):
-        values = dict(tokenizer=str(samples.teacher), sources=(Source.parse(f"jsonl:{path}"),))
-        return PrepareRequest(**values | changes)
-
-    return make
-
-
-def test_other_peoples_files_are_left_alone(request_of, tmp_path):
-    own = tmp_path / "own"
-    (own / "train").mkdir(parents=True)
-    for name in ("thesis.pdf.partial", "train/thesis.pdf.partial"):
-        (own / name).write_text("mine")
-    with pytest.raises(UserError, match="holds files that are no corpus .*nothing was written"):
-        prepare(request_of(), own, workers=0)
-    assert sorted(str(p.relative_to(own)) for p in own.rglob("*")) == [
-        "thesis.pdf.partial",
-        "train",
-        "train/thesis.pdf.partial",
-    ]
-    with pytest.raises(UserError, match="is a file"):
-        prepare(request_of(), own / "thesis.pdf.partial", workers=0)
+@pytest.mark.parametrize("size", [0, 33, 34, -1, 1])
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_files_of_another_size(suffix, size, damaged):
+    folder, _ = damaged
+    path = next((folder / "train").rglob(f"*.{suffix}"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size] if size != 1 else whole + b"\0")
+    with pytest.raises(UserError, match=f"{path.name} in .* has"):
+        use(folder)
 
 
-def test_a_file_put_beside_a_corpus_in_the_making_survives(request_of, tmp_path):
-    out = tmp_path / "corpus"
-    (out / ".work").mkdir(parents=True)
-    (out / ".work" / "a.partial").write_text("ours")
-    prepare(request_of(), out, workers=0)
-    (out / "notes.partial").write_text("mine")
-    assert prepare(request_of(), out, workers=0).manifest and (out / "notes.partial").read_text() == "mine"
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_folders_and_links_in_the_place_of_files(suffix, damaged):
+    folder, _ = damaged
+    path = next((folder / "train").rglob(f"*.{suffix}"))
+    path.unlink()
+    for put, take in (
+        (path.mkdir, path.rmdir),
+        (lambda: path.symlink_to(path.name), path.unlink),
+        (lambda: path.symlink_to("nowhere"), path.unlink),
+    ):
+        put()
+        with pytest.raises(UserError, match=f"{path.name} is missing"):
+            use(folder)
+        take()
 
 
-def test_a_model_folder_without_a_tokenizer_makes_no_corpus(request_of, samples, tmp_path):
-    """Of its configuration alone an empty tokenizer would be invented, to which every word is unknown."""
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    shutil.copy(samples.teacher / "config.json", bare)
-    with pytest.raises(UserError, match="holds no tokenizer: expected one of tokenizer.json"):
-        prepare(request_of(tokenizer=str(bare)), tmp_path / "corpus", workers=0)
-    assert not (tmp_path / "corpus").exists()
+def test_a_file_that_changes_after_the_corpus_was_opened(damaged):
+    folder, _ = damaged
+    samples = SampleSet(Corpus.open(folder), DataOptions(seq_tokens=32, seed=1, packing="none"))
+    for path in (folder / "train").rglob("*.*"):
+        path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UserError, match="cut short|ends before byte"):
+        samples.read(samples.locate(np.arange(8, dtype=np.int64)))
 
 
-def test_unknown_tokens_are_counted_and_a_corpus_of_them_is_refused(request_of, tmp_path):
-    runes = tmp_path / "runes.jsonl"
-    runes.write_text("".join(json.dumps({"text": "ᚠᚢᚦᚨᚱᚲ ᚷᚹᚺᚾᛁᛃ ᛇᛈᛉᛊᛏᛒ " * 4}) + "\n" for _ in range(30)))
-    with pytest.raises(UserError, match="9[0-9]% of the tokens of source runes are unknown"):
-        prepare(request_of(runes), tmp_path / "runes", workers=0)
-    assert not (tmp_path / "runes" / "manifest.json").exists()
-    mixed = tmp_path / "mixed.jsonl"
-    mixed.write_text(json.dumps({"text": "One word is ᚠᚢᚦᚨᚱᚲ, and the others are plain English words."}) + "\n")
-    counts = prepare(request_of(mixed), tmp_path / "mixed", workers=0).manifest.counts["mixed"]
-    assert counts["unknown_tokens"] == 1
+def test_a_tokenizer_that_is_missing_or_another_decodes_nothing(damaged, shown):
+    """A missing folder is no name of a model on the hub."""
+    folder, _ = damaged
+    assert "document 0" in shown(Corpus.open(folder), sample=1)
+    path = folder / "tokenizer" / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    settings["model"]["vocab"]["the"], settings["model"]["vocab"]["of"] = 1997, 1996
+    for text in (json.dumps(settings), "{}", "[]", "{", "[" * 100_000, "\x00"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="tokenizer.json (has changed|cannot be read)"):
+            shown(Corpus.open(folder), sample=1)
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(UserError, match="tokenizer.json is missing"):
+        shown(Corpus.open(folder), sample=1)
 
 
-def test_an_empty_result_is_forgotten_so_that_its_source_can_be_mended(request_of, tmp_path):
-    source, out = tmp_path / "later.jsonl", tmp_path / "corpus"
-    source.write_text('{"text": ""}\n')
-    for _ in range(2):
-        with pytest.raises(UserError, match="the sources hold no tokens"):
-            prepare(request_of(source), out, workers=0)
-    source.write_text('{"text": "Now there is something to read."}\n' * 5)
-    assert prepare(request_of(source), out, workers=0).manifest.shards
+def test_names_are_shown_as_they_are(good, damaged, shown):
+    folder, write = damaged
+    manifest = copy.deepcopy(good)
+    for shard in manifest["shards"]:
+        shard["language"] = "[/x][bold]"
+    manifest["counts"] = {"[/red]": {"[/x]": 1}}
+    write(manifest)
+    text = shown(Corpus.open(folder))
+    assert "[/x][bold]" in text and "[/red]: [/x] 1" in text
 
 
-@pytest.mark.parametrize("kilobytes", [100, 400, 1000])
-def test_a_full_disk_is_one_message_and_the_next_start_goes_on(kilobytes, samples, tmp_path):
-    """Full while the tokenizer (700 KB) is saved, or at the first unit."""
-    text = tmp_path / "text.jsonl"
-    text.write_text('{"text": "A sentence that is repeated until it fills a disk."}\n' * 20_000)
-    (tmp_path / "disk").mkdir()
-    command = (
-        f"import sys; from launch.cli import main; sys.argv[1:] = {['prepare', '--tokenizer', str(samples.teacher)]!r}"
+@pytest.mark.parametrize("split", ["request.json", "parts", "shards"])
+def test_what_an_unfinished_corpus_has_written_down(split, samples, tmp_path):
+    """Damaged, it is refused by its name, and nothing is lost."""
+    text, out = tmp_path / "text.jsonl", tmp_path / "corpus"
+    text.write_text('{"text": "A sentence of some words that fill a unit."}\n' * 40 + "no JSON\n")
+    request = PrepareRequest(
+        tokenizer=str(samples.teacher), sources=(Source.parse(f"jsonl:{text}"),), unit_bytes=500, shard_bytes=300
     )
-    command += f" + ['--source', 'jsonl:{text}', '--out', '{tmp_path}/disk/corpus', '--workers', '0']; main()"
-    mount = f'mount -t tmpfs -o size={kilobytes}k tmpfs "$1" && shift && "$@"'
-    words = ["unshare", "--map-root-user", "--mount", "bash", "-c", mount, "bash", tmp_path / "disk"]
-    words += [shutil.which("python"), "-c", command]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    process = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 2 and "Traceback" not in process.stderr, process.stderr[-3000:]
-    assert "run the same command again" in process.stderr
+    with pytest.raises(UserError, match="bad record"):
+        prepare(request, out, workers=0, show_progress=False)
+    record = next(path for path in sorted((out / ".work").rglob("*.json")) if split in str(path))
+    whole = record.read_bytes()
+    for content in (b"", b"{", b"[1]", b"7", b"null", b'"x"', b"\xff", whole[:-1]):
+        record.write_bytes(content)
+        with pytest.raises(UserError, match=f"{record.name} is damaged"):
+            prepare(request, out, workers=0, show_progress=False)
+    record.write_bytes(whole)
+    with pytest.raises(UserError, match="bad record"):
+        prepare(request, out, workers=0, show_progress=False)

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from data_prep.errors import UserError
 from data_prep.tokenizer import PIECE_CHARACTERS, Encoder, Tokenizer
+from data_prep.tokenizer_files import fingerprint_of
 
 FAMILIES = ("wordpiece", "byte_level", "unigram")
 
@@ -204,6 +205,7 @@ def test_saved_folder_loads_again_with_the_same_fingerprint(tokenizer, tmp_path)
     text = "Saved and loaded, déjà vu."
     assert again(text, add_special_tokens=False)["input_ids"] == tokenizer.encode_batch([text])[0].tolist()
     assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
+    assert fingerprint_of(tmp_path / "tokenizer.json") == tokenizer.fingerprint
 
 
 def test_encoder_travels_to_other_processes(tokenizer, tmp_path, real_texts):

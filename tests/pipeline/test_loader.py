@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from data_prep.errors import UserError
+from data_prep.manifest import Manifest
 from data_prep.prepare import PrepareRequest, prepare
-from data_prep.shards import Corpus, Manifest, ShardWriter
+from data_prep.shards import Corpus, ShardWriter
 from data_prep.sources import Source
 from data_prep.tokenizer import Tokenizer
 from pipeline.loader import DataOptions, Loader, SampleSet, validation_batches

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.shards import Manifest, ShardInfo, index_chunks
+from data_prep.manifest import Manifest, ShardInfo
+from data_prep.shards import index_chunks
 
 SHARD_TOKENS, SHARD_DOCUMENTS, SOURCES = 10_000_000, 20_000, 100
 
