@@ -139,7 +139,7 @@ def find(folder: Path, resume: str, *, log: Callable[[str], None] = print) -> Re
             )
         return None
     if resume != "auto":
-        if not resume.isdigit():
+        if not (resume.isascii() and resume.isdigit() and len(resume) < 15):
             raise UserError(f"--resume takes auto, never or a step, not {resume!r}")
         wanted = tag_of(int(resume))
         if problem := why_torn(folder / wanted):

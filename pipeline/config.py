@@ -33,6 +33,7 @@ _LARGEST_FILE = 1 << 20
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=1e-9, le=1e9)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PairName = Literal["qq", "kk", "vv", "qk", "qv", "kq", "kv", "vq", "vk"]
 
@@ -84,7 +85,7 @@ class Student:
         dropout: of hidden states and attention.
     """
 
-    shape: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}x[1-9][0-9]{0,8}$")]
+    shape: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,2}x[1-9][0-9]{0,5}$")]
     heads: Positive = 12
     feed_forward: Positive | None = None
     family: Literal["teacher", "bert"] = "teacher"
@@ -106,9 +107,11 @@ class Relations:
     """
 
     heads: Positive
-    pairs: dict[PairName, Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: dict(qq=1.0, kk=1.0, vv=1.0))
+    pairs: Annotated[dict[PairName, Weight], Field(min_length=1)] = Field(
+        default_factory=lambda: dict(qq=1.0, kk=1.0, vv=1.0)
+    )
     implementation: Literal["auto", "reference", "chunked", "triton"] = "auto"
-    layers: tuple[tuple[Positive, Positive, Annotated[float, Field(gt=0)]], ...] | None = None
+    layers: Annotated[tuple[tuple[Positive, Positive, Weight], ...], Field(min_length=1)] | None = None
 
     def loss_names(self) -> list[str]:
         """What the parts of the loss are called: `qq`, or `1.qq` for the first of several pairs of layers."""
@@ -129,11 +132,11 @@ class Data:
 
     corpus: str
     seq_tokens: Annotated[int, Field(ge=8)]
-    weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    weights: dict[str, Annotated[float, Field(ge=0, le=1e9)]] | None = None
     temperature_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     attention: Literal["window", "document"] = "window"
     packing: Literal["window", "none"] = "window"
-    block_samples: NotNegative = 0
+    block_samples: Annotated[int, Field(ge=0, le=1 << 40)] = 0
     shift_windows: bool = False
     verify: Literal["sizes", "checksums"] = "sizes"
 
@@ -151,12 +154,12 @@ class Optimizer:
 
     global_batch_samples: Positive
     steps: Positive
-    peak_lr: Annotated[float, Field(gt=0)]
+    peak_lr: Annotated[float, Field(gt=0, le=1e30)]
     warmup_steps: NotNegative
     schedule: Literal["linear", "cosine"] = "linear"
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-6
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    eps: Annotated[float, Field(ge=1e-20, le=1.0)] = 1e-6
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.01
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
 
 
@@ -183,7 +186,7 @@ class Logging:
     every_steps: Positive = 10
     validate_every_steps: NotNegative = 0
     validation_samples: Positive = 256
-    hang_seconds: Positive = 900
+    hang_seconds: Annotated[int, Field(gt=0, le=10_000_000)] = 900
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -240,7 +243,7 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
         if path.stat().st_size > _LARGEST_FILE:
             raise UserError(f"{path} holds {path.stat().st_size:,} bytes: that is no recipe")
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a TOML file: {error}") from None
     for override in overrides:
         _apply_override(table, override)
@@ -283,7 +286,7 @@ def _find_recipe(name_or_path: str) -> Path:
 def _apply_override(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.partition(".")
-    if not (equals and dot and section and name):
+    if not (equals and dot and section and name) or "\n" in override:
         raise UserError(f"{override!r} is not section.key=value, such as optimizer.peak_lr=3e-4")
     value = _value_of(text, is_text=_is_text(section, name))
     *parents, leaf = name.split(".")
@@ -304,7 +307,7 @@ def _value_of(text: str, *, is_text: bool) -> Any:
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError, RecursionError):
+    except (ValueError, KeyError, RecursionError):
         return text
 
 

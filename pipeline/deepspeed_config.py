@@ -5,6 +5,7 @@ place, and refuses a knob that both set.
 """
 
 import difflib
+import importlib.util
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,13 +21,29 @@ from pipeline.operators import import_deepspeed
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 MOST_MICRO_BATCH = 1 << 16
+_DTYPES = ("fp32", "bf16", "fp16")
 _SECTIONS = {"bf16", "fp16", "data_types", "zero_optimization", "activation_checkpointing", "aio", *MONITORS}
 _SUPPORTED = (
     *_SECTIONS,
     *("train_micro_batch_size_per_gpu", "communication_data_type", "steps_per_print", "wall_clock_breakdown"),
-    *("memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "prescale_gradients"),
-    *("gradient_predivide_factor", "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer"),
+    *("memory_breakdown", "dump_state", "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer"),
 )
+# Keys of the sections; those of monitors are DeepSpeed's and the monitors' own business.
+_KEYS = {
+    "bf16": ("enabled", "immediate_grad_update"),
+    "fp16": ("enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"),
+    "data_types": ("grad_accum_dtype",),
+    "activation_checkpointing": (
+        *("partition_activations", "contiguous_memory_optimization", "cpu_checkpointing", "number_checkpoints"),
+        *("synchronize_checkpoint_boundary", "profile"),
+    ),
+    "aio": ("block_size", "queue_depth", "thread_count", "single_submit", "overlap_events", "intra_op_parallelism"),
+}
+_OFFLOAD_KEYS = ("device", "nvme_path", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu")
+_NUMBERS = {  # key of zero_optimization -> smallest value; the largest is 2^31
+    **dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "sub_group_size"), 10_000),
+    **dict.fromkeys(("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"), 0),
+}
 _SUPPORTED_ZERO = (
     *("stage", "overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "sub_group_size"),
     *("allgather_partitions", "allgather_bucket_size", "offload_optimizer", "offload_param"),
@@ -98,6 +115,16 @@ def check(config: dict[str, Any]) -> None:
     for name in ("offload_optimizer", "offload_param"):
         if not isinstance(zero.get(name, {}), dict):
             raise UserError(f"zero_optimization.{name} is {zero[name]!r}; expected an object")
+        _check_keys(zero.get(name, {}), _OFFLOAD_KEYS, f"zero_optimization.{name}.")
+    for name, smallest in _NUMBERS.items():
+        value = zero.get(name, smallest)
+        if type(value) not in (int, float) or not smallest <= value <= 1 << 31:
+            raise UserError(
+                f"zero_optimization.{name} is {value!r}; expected a number from {smallest:,} to {1 << 31:,}"
+            )
+    for section, keys in _KEYS.items():
+        _check_keys(config.get(section, {}), keys, f"{section}.")
+    _check_fit(config, zero)
     for name in ("bf16", "fp16"):
         if not isinstance(config.get(name, {}).get("enabled", False), bool):
             raise UserError(f"{name}.enabled is {config[name]['enabled']!r}; expected true or false")
@@ -110,6 +137,26 @@ def check(config: dict[str, Any]) -> None:
             f"to {MOST_MICRO_BATCH:,}"
         )
     _check_by_deepspeed(config)
+
+
+def _check_fit(config: dict[str, Any], zero: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed takes and does not do, or does wrongly."""
+    accumulate = config.get("data_types", {}).get("grad_accum_dtype", "fp32")
+    if accumulate not in ("fp32", "bf16", "fp16"):
+        raise UserError(f'data_types.grad_accum_dtype is {accumulate!r}; expected "fp32", "bf16" or "fp16"')
+    if "offload_param" in zero and offload(config, "param")["device"] != "none" and zero_stage(config) != 3:
+        raise UserError("zero_optimization.offload_param works at ZeRO stage 3 alone: take it out, or use stage 3")
+    for name in ("steps_per_print", "communication_data_type"):
+        kind, expected = (int, "a number above 0") if name == "steps_per_print" else (str, '"fp32", "bf16" or "fp16"')
+        value = config.get(name, 1 if kind is int else "fp32")
+        if type(value) is not kind or (kind is int and value < 1) or (kind is str and value not in _DTYPES):
+            raise UserError(f"{name} is {value!r}; expected {expected}")
+    for name in ("zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer", "wall_clock_breakdown"):
+        if not isinstance(config.get(name, True), bool):
+            raise UserError(f"{name} is {config[name]!r}; expected true or false")
+    for name, package in (("wandb", "wandb"), ("comet", "comet_ml")):
+        if config.get(name, {}).get("enabled") and importlib.util.find_spec(package) is None:
+            raise UserError(f"{name} is enabled, and the package {package} is not installed: pip install {package}")
 
 
 def _check_keys(config: dict[str, Any], known: Iterable[str], prefix: str) -> None:
@@ -136,6 +183,10 @@ def _check_by_deepspeed(config: dict[str, Any]) -> None:
     except Exception as error:  # its checks raise whatever came to hand: assertions, key errors, type errors
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(f"DeepSpeed does not take this configuration: {reason}") from None
+    from deepspeed.accelerator import get_accelerator
+
+    if config.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
+        raise UserError("fp16.enabled: DeepSpeed has no fp16 on this processor; use bf16, or fp32 (--ds-config cpu)")
 
 
 def _ranks_of_this_process() -> int:

@@ -150,7 +150,7 @@ def read_probe(path: Path, *, texts: int, seed: int) -> ProbeTask:
         try:
             row = json.loads(line)
             rows.append((row["text"] + "", str(row["label"] if "label" in row else row["topic"])))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path}, line {number}: expected an object with `text` and `topic` or `label`") from None
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     rows = [rows[i] for i in order[:texts]]

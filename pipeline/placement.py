@@ -7,6 +7,7 @@ tensor by tensor from its safetensors files: no rank ever holds the whole. Its e
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -119,7 +120,7 @@ def teacher_fingerprint(model: str) -> str:
     A few hundred kilobytes are read of each file, spread evenly.
     """
     digest = hashlib.sha256()
-    config = teacher_config(model).to_dict()
+    config = json.loads(Path(_cached(model, "config.json")).read_bytes())
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(name, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
@@ -132,6 +133,16 @@ def teacher_fingerprint(model: str) -> str:
                 file.seek(size * number // _SAMPLES)
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _cached(model: str, name: str) -> str:
+    """A file of a local folder or a hub model."""
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(os.path.expanduser(model), name)
+    except OSError as error:
+        raise UserError(f"cannot find {name} of {model!r}: {str(error).splitlines()[0]}") from error
 
 
 def weight_files(model: str) -> list[Path]:

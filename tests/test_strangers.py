@@ -6,6 +6,7 @@ in a traceback, never in running code, never in a file elsewhere. Corpora: tests
 
 import contextlib
 import copy
+import importlib.util
 import json
 import random
 import shutil
@@ -140,7 +141,16 @@ def test_files_that_are_no_recipes(text, tmp_path):
             "data.seq_tokens=1000000000",
         ),
         *("relations.heads=1000000000", "run.output=", "run.output='a\x00b'", "teacher.layer=99", "student.heads=7"),
+        *("optimizer.eps=1e-300", "optimizer.weight_decay=1e300", "optimizer.peak_lr=1e300", "relations.pairs={}"),
+        *(
+            "relations.pairs.qq=1e300",
+            "relations.layers=[]",
+            "logging.hang_seconds=10000000000000",
+            "optimizer.steps=1\n",
+        ),
+        *("data.block_samples=1000000000000000000", "student.shape=2000x24"),
         f"optimizer.steps=1{'0' * 30}",
+        f"optimizer.steps={'9' * 5000}",
     ],
 )
 def test_wrong_and_absurd_values_are_refused(override, world):
@@ -192,6 +202,19 @@ def test_deepspeed_configurations_with_wrong_values(world):
         {"checkpoint": {"load_universal": True}},
         {"optimizer": {"type": "Adam"}},
         {"communication_data_type": "fp8"},
+        {"communication_data_type": None},
+        {"data_types": {"grad_accum_dtype": "int8"}},
+        {"data_types": {"grad_accumulation_dtype": "fp32"}},
+        {"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}},
+        {"zero_optimization": {"stage": 2, "allgather_bucket_size": 1}},
+        {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1 << 62}},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+        {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+        {"activation_checkpointing": {"enabled": False}},
+        {"prescale_gradients": "false"},
+        {"steps_per_print": 0},
+        {"aio": {"block_sise": 1}},
+        {"wandb": {"enabled": True}} if importlib.util.find_spec("wandb") is None else {"wandb": 1},
         {"train_micro_batch_size_per_gpu": True},
         {"train_micro_batch_size_per_gpu": 10**18},
         {"tensorboard": {"enabled": "perhaps"}},
