@@ -27,6 +27,9 @@ def write_chunks(path: Path, chunks: Iterable, *, aside: str = "", flush_folder:
             handle.flush()
             os.fsync(handle.fileno())
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file
+        raise
     finally:
         partial.unlink(missing_ok=True)
     if flush_folder:

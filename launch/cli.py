@@ -32,7 +32,7 @@ def main() -> None:
 
 # What is wrong with a path or a full disk of the user's. Anything else, such as a disk that fails, is no mistake.
 _USERS_ERRNO = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-_USERS_ERRNO += (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTEMPTY, errno.EEXIST)
+_USERS_ERRNO += (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY)
 
 
 def words_of(error: Exception) -> str:

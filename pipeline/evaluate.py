@@ -20,8 +20,8 @@ from data_prep import durable
 from data_prep.errors import UserError
 from pipeline.architectures import without_pooler
 from pipeline.build import fresh_student, teacher_settings
-from pipeline.export import export, load_exported, mark, model_card
-from pipeline.monitor import read_metrics
+from pipeline.export import export, held_out, load_exported, mark, model_card
+from pipeline.monitor import iterate_metrics
 from pipeline.run_folder import FinishedRun
 
 MODELS = ("teacher", "student", "untrained")
@@ -72,6 +72,8 @@ def evaluate(run: FinishedRun, *, probe: Path | None, texts: int = 1200, seq_tok
 
     task = read_probe(probe, texts=texts, seed=seed) if probe else None
     folder = export(run)
+    if (folder / "scores.json").exists():  # an export leaves none but somebody else's
+        raise UserError(f"{folder / 'scores.json'} is no evaluation's and would be written over: move it away first")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     models = {name: model.eval() for name, model in load_models(run, folder).items()}
     accuracy = {}
@@ -79,13 +81,11 @@ def evaluate(run: FinishedRun, *, probe: Path | None, texts: int = 1200, seq_tok
         for name, model in models.items():
             features = [embed(model, tokenizer, t, seq_tokens) for t in (task.train_texts, task.test_texts)]
             accuracy[name] = linear_probe(features[0], task.train_labels, features[1], task.test_labels)
-    metrics = [m for m in read_metrics(run.folder) if m["step"] <= run.record.step]
-    validation = [m for m in metrics if m["kind"] == "validation"]
-    first, last = (validation[0]["per_pair"], validation[-1]["per_pair"]) if validation else ({}, {})
+    trained = (m for m in iterate_metrics(run.folder, "train") if m["step"] <= run.record.step)
     scores = Scores(
         step=run.record.step,
-        held_out={pair: (first[pair], last[pair]) for pair in last},
-        tokens_per_second=statistics.median([m["tokens_per_second"] for m in metrics if m["kind"] == "train"] or [0]),
+        held_out=held_out(run),
+        tokens_per_second=statistics.median([m.get("tokens_per_second", 0) for m in trained] or [0]),
         parameters={name: model.num_parameters() for name, model in models.items()},
         forward_tokens_per_second=forward_speed(models, seq_tokens),
         probe_accuracy=accuracy,

@@ -1,5 +1,6 @@
 """A checkpoint becomes a Hugging Face folder: safetensors, tokenizer, and a model card of the run's own record."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from data_prep import durable
 from data_prep.errors import UserError
 from pipeline.architectures import without_pooler
 from pipeline.models import RelationEncoder, tail_parameter_names
-from pipeline.monitor import read_metrics
+from pipeline.monitor import iterate_metrics
 from pipeline.run_folder import EXPORT, MODEL, FinishedRun
 
 if TYPE_CHECKING:
@@ -42,25 +44,65 @@ def export(run: FinishedRun, out: Path | None = None) -> Path:
 
     Raises:
         UserError: `out` holds something else than an earlier export of this run, or one that was changed by hand.
+        OSError: the disk is full, or does not let the folder be moved; nobody's files are lost.
     """
-    out = out or run.folder / EXPORT
-    beside = _check_replaceable(out, run.name)
+    out = (out or run.folder / EXPORT).resolve()
+    _check_replaceable(out, run.name)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
-        fresh = Path(scratch) / "model"
-        shutil.copytree(run.folder / MODEL, fresh)
-        student = run.student()
-        student.backbone.save_pretrained(fresh)
-        (fresh / "README.md").write_text(model_card(run, student), encoding="utf-8")
-        _check_reload(student.backbone, fresh)
-        mark(fresh, [path.name for path in fresh.iterdir()], run=run.name, step=run.record.step)
-        _obey_umask(fresh)
-        if out.exists():
-            for name in beside:
-                (out / name).rename(fresh / name)
-            out.rename(Path(scratch) / "old")
-        fresh.rename(out)
+    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=".export-"))
+    fresh, old = scratch / "model", scratch / "old"
+    try:
+        _write(run, fresh)
+        _swap(fresh, out, old, run.name)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        _remove_export(old)
+        with contextlib.suppress(OSError):
+            scratch.rmdir()
     return out
+
+
+def _write(run: FinishedRun, folder: Path) -> None:
+    """The model as a new folder, read back and compared."""
+    folder.mkdir()
+    for file in sorted(path for path in (run.folder / MODEL).iterdir() if path.is_file()):
+        shutil.copyfile(file, folder / file.name)  # not the modes of a run that may be read-only
+    student = run.student()
+    try:
+        student.backbone.save_pretrained(folder)
+    except SafetensorError as error:  # a full disk, as its library says it
+        raise UserError(f"no model can be written in {folder.parents[1]}: {error}. Nothing was left there") from error
+    (folder / "README.md").write_text(model_card(run, student), encoding="utf-8")
+    _check_reload(student.backbone, folder)
+    mark(folder, [path.name for path in folder.iterdir()], run=run.name, step=run.record.step)
+    _obey_umask(folder)
+
+
+def _swap(fresh: Path, out: Path, old: Path, run: str) -> None:
+    """Put `fresh` in the place of `out`, with what somebody else has put there; `out` is checked again just before."""
+    beside = _check_replaceable(out, run)
+    if taken := [name for name in beside if (fresh / name).exists()]:
+        raise UserError(f"{', '.join(taken)} in {out} would be written over; nothing was written. Give another --out.")
+    if out.exists():
+        out.rename(old)
+    try:
+        fresh.rename(out)
+        for name in beside:
+            (old / name).rename(out / name)
+    except OSError:
+        if not out.exists():
+            old.rename(out)
+        raise
+
+
+def _remove_export(folder: Path) -> None:
+    """Remove the files of a former export from its folder, and the folder if nothing else is in it."""
+    ours = (*_read_marker(folder).get("files", ()), MARKER)
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir()):  # by what is there: a marker may name files elsewhere
+            if path.name in ours:
+                path.unlink()
+        folder.rmdir()
 
 
 def mark(folder: Path, names: Iterable[str], *, run: str, step: int) -> None:
@@ -115,7 +157,6 @@ def model_card(run: FinishedRun, student: RelationEncoder, scores: dict[str, Any
     """The model card: what was distilled from what, on what, for how long, with which result."""
     recipe, record = run.recipe, run.record
     teacher = Path(recipe.teacher.model).name if Path(recipe.teacher.model).exists() else recipe.teacher.model
-    held_out = [m for m in read_metrics(run.folder, "validation") if m["step"] <= record.step]
     facts = {
         "Teacher": f"`{teacher}`, layer {recipe.teacher.layer}",
         "Student": f"{recipe.student.shape}, {recipe.student.heads} heads, "
@@ -128,10 +169,9 @@ def model_card(run: FinishedRun, student: RelationEncoder, scores: dict[str, Any
         f"{recipe.optimizer.warmup_steps:,} warm-up steps, weight decay {recipe.optimizer.weight_decay:g}",
         "Corpus": f"fingerprint `{record.corpus_fingerprint[:16]}`",
     }
-    if held_out:
-        first, last = held_out[0], held_out[-1]
+    if losses := held_out(run):
         facts["Held-out relation loss"] = "; ".join(
-            f"{pair.upper()} {first['per_pair'][pair]:.4f} -> {last['per_pair'][pair]:.4f}" for pair in last["per_pair"]
+            f"{pair.upper()} {before:.4f} -> {after:.4f}" for pair, (before, after) in losses.items()
         )
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     tail = len(tail_parameter_names(student))
@@ -142,6 +182,13 @@ def model_card(run: FinishedRun, student: RelationEncoder, scores: dict[str, Any
         scores=_scores_section(scores),
         seq_tokens=recipe.data.seq_tokens,
     )
+
+
+def held_out(run: FinishedRun) -> dict[str, tuple[float, float]]:
+    """Each relation's held-out loss at the first validation and at the last one up to the checkpoint."""
+    losses = [m["per_pair"] for m in iterate_metrics(run.folder, "validation") if m["step"] <= run.record.step]
+    first, last = (losses[0], losses[-1]) if losses else ({}, {})
+    return {pair: (first[pair], last[pair]) for pair in last if pair in first}
 
 
 def _scores_section(scores: dict[str, Any] | None) -> str:

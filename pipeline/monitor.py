@@ -1,6 +1,7 @@
 """What a run says while it runs: metrics.jsonl for programs, TensorBoard for people, one line for the terminal."""
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -43,6 +44,7 @@ class RunLog:
         kept = (r for r in iterate_metrics(output) if r["step"] <= first_step) if first_step else ()
         durable.write_chunks(self._path, map(_line, kept))
         self._file = self._path.open("ab", buffering=0)
+        self._most_bytes = METRICS_BYTES
         self._complained: set[str] = set()
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -58,17 +60,24 @@ class RunLog:
         self._try("TensorBoard's events", lambda: self._write_events(events))
 
     def _append(self, record: dict[str, Any]) -> None:
-        end = self._file.seek(0, os.SEEK_END)
+        end, line = self._file.seek(0, os.SEEK_END), _line(record)
         try:
-            self._file.write(_line(record))
+            if self._file.write(line) < len(line):  # a disk that fills up takes a part without a word
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             with contextlib.suppress(OSError):
                 self._file.truncate(end)  # no half line for the next one to be joined to
             raise
-        if end > METRICS_BYTES:
-            self._file.close()
-            durable.write_chunks(self._path, map(_line, thinned(iterate_metrics(self._path.parent))))
-            self._file = self._path.open("ab", buffering=0)
+        if end > self._most_bytes:
+            self._thin()
+
+    def _thin(self) -> None:
+        """Halve the older training records; the next time comes when the file has grown as much again."""
+        self._most_bytes *= 2  # where this fails, such as on a disk without room for both files
+        durable.write_chunks(self._path, map(_line, thinned(iterate_metrics(self._path.parent))))
+        self._file.close()
+        self._file = self._path.open("ab", buffering=0)
+        self._most_bytes = max(METRICS_BYTES, 2 * self._path.stat().st_size)
 
     def _try(self, what: str, write: Callable[[], None]) -> None:
         """Logging that fails does not end a training: it is said once, and tried again at the next record."""
@@ -156,22 +165,32 @@ def profiler(output: Path, rank: int):
 
 def read_metrics(output: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The records of a run, oldest first, of one kind or of all."""
-    return [record for record in iterate_metrics(output) if kind is None or record["kind"] == kind]
+    return list(iterate_metrics(output, kind))
 
 
-def iterate_metrics(output: Path) -> Iterator[dict[str, Any]]:
-    """The records one by one; a last line that a crash cut short is left out."""
+def iterate_metrics(output: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
+    """The records one by one, of one kind or of all; lines that are cut short or otherwise no records are left out."""
     path = output / METRICS
     if not path.is_file():
         return
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    with path.open("rb") as lines:
         for line in lines:
-            try:
+            with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
-                if {"kind", "step"} <= record.keys():
+                if _is_record(record) and kind in (None, record["kind"]):
                     yield record
-            except (ValueError, AttributeError):
-                continue
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it is one that `RunLog` may have written, in what is read of it later."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not isinstance(record.get("kind"), str):
+        return False
+    pairs = record.get("per_pair", {})
+    if not isinstance(pairs, dict):
+        return False
+    numbers = [record.get(name, 0) for name in ("loss", "tokens_per_second")] + list(pairs.values())
+    whole = {"loss", "per_pair"} <= record.keys() or record["kind"] != "validation"
+    return whole and all(type(number) in (int, float) for number in numbers)
 
 
 def thinned(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

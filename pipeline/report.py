@@ -5,7 +5,7 @@ from pathlib import Path
 from data_prep.errors import UserError
 from pipeline import checkpoint
 from pipeline.config import load_recipe
-from pipeline.monitor import read_metrics
+from pipeline.monitor import iterate_metrics
 
 
 def table(folder: Path, *, verify: bool = False):
@@ -26,9 +26,10 @@ def table(folder: Path, *, verify: bool = False):
     run.add_row("student", f"{recipe.student.shape}, first weights {recipe.student.init}")
     run.add_row("relations", f"{', '.join(recipe.relations.pairs)} with {recipe.relations.heads} heads")
     run.add_row("data", f"{recipe.data.corpus}, {recipe.data.seq_tokens} tokens a sample")
+    last = {record["kind"]: record for record in iterate_metrics(folder) if "loss" in record}
     for kind in ("train", "validation"):
-        if records := read_metrics(folder, kind):
-            run.add_row(f"{kind} loss", f"{records[-1]['loss']:.4f} at step {records[-1]['step']:,}")
+        if kind in last:
+            run.add_row(f"{kind} loss", f"{last[kind]['loss']:.4f} at step {last[kind]['step']:,}")
     checkpoints = Table("checkpoint", "samples seen", "ranks", "ZeRO stage", "MB", "state", title="Checkpoints")
     for path in sorted((folder / "checkpoints").glob("step-*")):
         problem = checkpoint.why_torn(path, checksums=verify)

@@ -1,32 +1,27 @@
 """A run's folder: whose it is, what the trainer puts there, and how it is read without the teacher, a GPU or a group.
 
 A folder is taken only if it is new, empty, or marked as a run's by `run.json`, which also gives the run a name that
-what is exported from it bears. For the life of a job rank 0 holds a lock on `run.lock`: a POSIX record lock, which
-network file systems know too, and which goes with the process or its machine, however they end.
+what is exported from it bears. For the life of a job rank 0 holds a lock on `run.lock`, see `pipeline.run_lock`.
 """
 
-import errno
-import fcntl
 import json
 import os
-import socket
 import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from data_prep import durable
 from data_prep.errors import UserError
 from data_prep.shards import Corpus
-from pipeline import checkpoint
+from pipeline import checkpoint, run_lock
 from pipeline.architectures import without_pooler
 from pipeline.config import Recipe, load_recipe, write_recipe
 from pipeline.models import RelationEncoder
 
 CHECKPOINTS, MODEL, EXPORT, MARKER, LOCK = "checkpoints", "model", "export", "run.json", "run.lock"
 _KIND = "minilmv2-deepspeed run"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 def check_claimable(output: Path) -> None:
@@ -35,6 +30,10 @@ def check_claimable(output: Path) -> None:
     Raises:
         UserError: `output` is a file, or a folder with other people's files.
     """
+    if output.is_symlink() and not output.exists():
+        raise UserError(
+            f"run.output = {str(output)!r} is a link to {os.readlink(output)!r}, which does not exist: make that folder"
+        )
     if output.exists() and not output.is_dir():
         raise UserError(f"run.output = {str(output)!r} is a file: give a folder that is new, empty or a run's")
     if read_marker(output) is None and output.is_dir() and (others := _names(output)):
@@ -45,8 +44,8 @@ def check_claimable(output: Path) -> None:
 
 
 def _names(folder: Path) -> list[str]:
-    """What is in a folder, but for a lock that was taken a moment ago."""
-    return sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+    """What is in a folder, but for what a claim that was cut short has left."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in (LOCK, f"{MARKER}.partial"))
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
@@ -55,7 +54,8 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
         marker = json.loads((folder / MARKER).read_bytes())
     except (OSError, ValueError):
         return None
-    return marker if isinstance(marker, dict) and marker.get("kind") == _KIND else None
+    ours = isinstance(marker, dict) and marker.get("kind") == _KIND and isinstance(marker.get("run"), str)
+    return marker if ours else None
 
 
 class Claim:
@@ -68,39 +68,19 @@ class Claim:
     def __init__(self, output: Path) -> None:
         check_claimable(output)
         output.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] | None = _locked(output / LOCK)
-        if read_marker(output) is None:
-            marker = {"kind": _KIND, "format_version": 1, "run": uuid.uuid4().hex}
-            durable.write(output / MARKER, json.dumps(marker, indent=1) + "\n")
-        self.run: str = read_marker(output)["run"]
+        self._lock = run_lock.acquire(output / LOCK)
+        try:
+            if read_marker(output) is None:
+                marker = {"kind": _KIND, "format_version": 1, "run": uuid.uuid4().hex}
+                durable.write(output / MARKER, json.dumps(marker, indent=1) + "\n")
+            self.run: str = read_marker(output)["run"]
+        except BaseException:
+            self._lock.close()
+            raise
 
     def close(self) -> None:
         """Let another job have the folder."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def _locked(path: Path) -> IO[str]:
-    """The lock's file, open and locked; who holds it is written inside, for the message that others get."""
-    file = path.open("a+", encoding="utf-8")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            print(f"the file system of {path.parent} knows no locks: only one job may write there", flush=True)
-            return file
-        file.seek(0)
-        holder = file.read().strip() or "another job"
-        file.close()
-        raise UserError(
-            f"{path.parent} is being written by {holder}. Wait for it, stop it, or use another run.output."
-        ) from None
-    file.truncate(0)
-    began = time.strftime("%Y-%m-%d %H:%M:%S")
-    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {began}\n")
-    file.flush()
-    return file
+        self._lock.close()
 
 
 def check_shared(output: Path, run: str, *, patience_seconds: float = 10.0) -> None:

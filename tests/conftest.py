@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -121,6 +122,26 @@ def runs(distill, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     distill(both.resumed, "--stop-at=3")
     distill(both.resumed)
     return both
+
+
+@pytest.fixture
+def on_small_disk(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run Python code whose first argument is a folder that is a file system of its own; what is left there is printed.
+
+    It gets the folder, then `arguments`. The size is that of a tmpfs: "128k".
+    """
+    unshare = ["unshare", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("needs file systems of one's own (unshare --map-root-user --mount)")
+    inside = 'mount -t tmpfs -o size="$1" tmpfs "$2"; shift; "${@:2}"; code=$?; ls -A "$1"; exit $code'
+
+    def run(size: str, code: str, *arguments: Path) -> subprocess.CompletedProcess:
+        command = [*unshare, "bash", "-c", inside, "bash", size, tmp_path, sys.executable, "-c", code, tmp_path]
+        environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+        words = list(map(str, [*command, *arguments]))
+        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+
+    return run
 
 
 @pytest.fixture

@@ -88,3 +88,10 @@ def test_bash_runs_one_rank_to_the_end(small_run, tmp_path):
 def test_shellcheck_finds_nothing():
     process = subprocess.run([BIN / "shellcheck", SCRIPT], capture_output=True, text=True)
     assert process.returncode == 0, process.stdout
+
+
+def test_every_failing_start_from_one_shell_says_why(tmp_path):
+    """Ranks of one job share a parent, and so do jobs of one rank that a shell starts one after another."""
+    words = f'"{sys.executable}" "{SCRIPT}" --recipe'
+    process = start(["bash", "-c", f"{words} first; {words} second; true"], cwd=tmp_path)
+    assert "no recipe 'first'" in process.stderr and "no recipe 'second'" in process.stderr

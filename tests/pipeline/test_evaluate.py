@@ -1,10 +1,12 @@
 import json
+import shutil
 
 import pytest
 import torch
 
 from data_prep.errors import UserError
 from pipeline.evaluate import evaluate, linear_probe, read_probe
+from pipeline.export import export
 from pipeline.run_folder import FinishedRun
 
 
@@ -20,6 +22,15 @@ def test_scores_of_a_real_run(runs, samples):
     assert written["probe_accuracy"] == accuracy
     card = (runs.resumed / "export" / "README.md").read_text()
     assert f"linear probe accuracy, student | {accuracy['student']:.1%}" in card
+
+
+def test_scores_of_somebody_else_are_not_written_over(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs.resumed, run, ignore=shutil.ignore_patterns("export"))
+    (export(FinishedRun.open(run)) / "scores.json").write_text("mine")
+    with pytest.raises(UserError, match="scores.json is no evaluation's"):
+        evaluate(FinishedRun.open(run), probe=None)
+    assert (run / "export" / "scores.json").read_text() == "mine"
 
 
 def test_probe_separates_what_is_separable_and_nothing_else():

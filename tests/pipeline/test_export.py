@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from data_prep.errors import UserError
+from pipeline import export as exporter
 from pipeline.export import MARKER, export
 from pipeline.monitor import read_metrics
 from pipeline.run_folder import FinishedRun
@@ -86,6 +87,52 @@ def test_nothing_else_is_replaced(runs, samples, tmp_path):
             export(run, folder)
         assert _contents(folder) == before
     assert not list(tmp_path.glob(".export-*"))
+
+
+def test_what_is_put_there_while_the_model_is_made_stays_too(runs, tmp_path):
+    """Looked at again just before the folders change places; what the model would be written over is refused."""
+    run = FinishedRun.open(runs.unbroken)
+    target = export(run, tmp_path / "model")
+    fresh = shutil.copytree(target, tmp_path / "fresh")
+    (target / "late.txt").write_text("mine")
+    (fresh / "late.txt").write_text("the model's")
+    with pytest.raises(UserError, match="late.txt in .* would be written over; nothing was written"):
+        exporter._swap(fresh, target, tmp_path / "old", run.name)
+    assert (target / "late.txt").read_text() == "mine" and not (tmp_path / "old").exists()
+    (fresh / "late.txt").unlink()
+    exporter._swap(fresh, target, tmp_path / "old", run.name)
+    assert (target / "late.txt").read_text() == "mine"
+
+
+def test_a_marker_removes_no_files_elsewhere(runs, tmp_path):
+    """The marker of a folder from somebody else may name any file."""
+    run = FinishedRun.open(runs.unbroken)
+    target = export(run, tmp_path / "model")
+    (tmp_path / "thesis.txt").write_text("mine")
+    marker = json.loads((target / MARKER).read_text())
+    names = ("../thesis.txt", "../../thesis.txt", str(tmp_path / "thesis.txt"))
+    (target / MARKER).write_text(json.dumps({**marker, "files": marker["files"] | dict.fromkeys(names, "0" * 64)}))
+    export(run, target)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "thesis.txt"]
+
+
+def test_a_link_is_followed_and_a_read_only_run_makes_a_writable_model(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs.unbroken, run)
+    for path in (*(run / "model").iterdir(), run / "model"):
+        path.chmod(path.stat().st_mode & ~0o222)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    assert export(FinishedRun.open(run), tmp_path / "link") == tmp_path / "disk" / "model"
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "model").stat().st_mode & 0o200
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing(runs, on_small_disk):
+    code = "import sys; from launch import cli; sys.argv[:] = ['minilm', 'export', sys.argv[2], '--out', sys.argv[1]"
+    process = on_small_disk("100k", f"{code} + '/model']; cli.main()", runs.unbroken)
+    assert process.returncode == 2 and process.stdout == "", process.stdout + process.stderr
+    assert "No space left on device" in process.stderr and "Traceback" not in process.stderr
 
 
 def _contents(path):

@@ -32,6 +32,36 @@ def test_a_folder_of_somebody_else_is_refused_and_left_alone(name, tmp_path):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
 
 
+@pytest.mark.parametrize("rest", ["", ', "run": 7'])
+def test_a_marker_that_names_no_run_is_none(rest, tmp_path):
+    (tmp_path / MARKER).write_text(f'{{"kind": "minilmv2-deepspeed run"{rest}}}')
+    with pytest.raises(UserError, match="holds files that no run wrote"):
+        Claim(tmp_path)
+
+
+def test_a_claim_that_was_cut_short_is_no_obstacle(tmp_path):
+    for name in (LOCK, f"{MARKER}.partial"):
+        (tmp_path / name).write_text("")
+    Claim(tmp_path).close()
+    assert read_marker(tmp_path)
+
+
+def test_a_link_to_nothing_is_named_and_one_to_a_folder_followed(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "a folder")
+    with pytest.raises(UserError, match="is a link to .*a folder', which does not exist"):
+        Claim(tmp_path / "link")
+    (tmp_path / "a folder").mkdir()
+    Claim(tmp_path / "link").close()
+    assert read_marker(tmp_path / "a folder")
+
+
+def test_a_full_disk_says_where(on_small_disk):
+    fill = "import os, sys; open(sys.argv[1] + '/ballast', 'wb', 0).write(bytes(1 << 20))"
+    code = f"{fill}; from pipeline.run_folder import Claim; from pathlib import Path; Claim(Path(sys.argv[1]) / 'run')"
+    process = on_small_disk("64k", code)
+    assert "No space left on device: " in process.stderr and "run.lock" in process.stderr.splitlines()[-1]
+
+
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file"):
