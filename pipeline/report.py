@@ -43,7 +43,7 @@ def table(folder: Path, *, verify: bool = False):
             str(record.world_size),
             str(record.zero_stage),
             f"{size:,.1f}",
-            "whole, checksums agree" if verify else "whole",
+            "whole, verified" if verify else "whole",
         )
         checkpoints.add_row(path.name, *row)
     return Group(run, checkpoints)

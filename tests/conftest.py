@@ -21,16 +21,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "distill.sh"
 
 
-SHARED_RUNS = ("runs", "unbroken")  # fixtures that train for a minute
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that look at the same run go to the same worker, which then trains it once (`--dist loadgroup`)."""
-    for item in items:
-        for fixture in set(SHARED_RUNS).intersection(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group(fixture))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Samples:
     """Real text and a real teacher, fetched once and checked."""

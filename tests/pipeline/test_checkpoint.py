@@ -154,9 +154,12 @@ def test_fresh_starts(checkpoints, tmp_path):
 def test_foreign_corpus_is_refused(checkpoints):
     record = checkpoint.find(checkpoints, "auto")
     same = dict(recipe=record.recipe, corpus_fingerprint=record.corpus_fingerprint, folder=checkpoints)
+    same |= dict(teacher_fingerprint=record.teacher_fingerprint)
     checkpoint.check_belongs(record, **same)
     with pytest.raises(UserError, match="another corpus"):
         checkpoint.check_belongs(record, **{**same, "corpus_fingerprint": "0" * 64})
+    with pytest.raises(UserError, match="learned from another teacher"):
+        checkpoint.check_belongs(record, **{**same, "teacher_fingerprint": "0" * 64})
     with pytest.raises(UserError, match="optimizer.steps: 7 here, 6 there"):
         other = json.loads(json.dumps(record.recipe))
         other["optimizer"]["steps"] = 7

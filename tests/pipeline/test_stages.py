@@ -34,7 +34,7 @@ from tests import toy
 SHIPPED = [name for name in deepspeed_config.shipped_ds_configs() if "nvme" not in name]  # that needs libaio's headers
 BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
 OTHERS = {
-    **{f"fp32-stage{stage}": {"zero_optimization": {"stage": stage}} for stage in range(4)},
+    **{f"fp32-stage{stage}": {"zero_optimization": {"stage": stage}} for stage in (0, 2, 3)},  # stage 1 is `cpu`
     "bf16-stage1-plain": {**BF16, "zero_optimization": {"stage": 1}},  # the bf16 path without fp32 accumulation
     "fp16-stage0": {**FP16, "zero_optimization": {"stage": 0}},
     "fp16-stage2": {**FP16, "zero_optimization": {"stage": 2}},
@@ -116,7 +116,8 @@ def trained(toy_run) -> Path:
             jobs.append(_job(overrides, f"{here}-resumed", name, copy=here, resume="2"))
             if len(RANKS) > 1:
                 jobs.append(_job(overrides, f"{here}-other-ranks", name, copy=there, resume="2"))
-            jobs.append(_job(overrides, f"{here}-next", following, copy=here, resume="2"))
+            if ranks == RANKS[-1]:
+                jobs.append(_job(overrides, f"{here}-next", following, copy=here, resume="2"))
         train(folder, ranks, jobs)
     return folder
 
@@ -139,7 +140,7 @@ def cases():
     return [pytest.param(name, marks=marks.get(name, [])) for name in NAMES]
 
 
-pytestmark = [pytest.mark.xdist_group("stages"), *([pytest.mark.gpu] if torch.cuda.is_available() else [])]
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -166,6 +167,8 @@ class TestEveryConfiguration:
         _close(moved, unbroken, precision(name))
 
     def test_goes_on_with_the_next_configuration(self, name, ranks, trained):
+        if ranks != RANKS[-1]:
+            return  # once is enough: the number of ranks changes in the test above
         following = RUNNABLE[(RUNNABLE.index(name) + 1) % len(RUNNABLE)]
         coarser = max(precision(name), precision(following), key=lambda kind: TOLERANCE[kind])
         _close(trained / f"{name}-{ranks}-next", trained / f"{name}-{ranks}", coarser)
