@@ -11,7 +11,12 @@ LAYERS = ("data_prep", "pipeline", "launch")
 FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 
 OWNERS = {
-    "deepspeed": {"pipeline/engine.py", "pipeline/operators.py", "pipeline/zero_files.py"},
+    "deepspeed": {
+        "pipeline/engine.py",
+        "pipeline/operators.py",
+        "pipeline/zero_files.py",
+        "pipeline/deepspeed_config.py",
+    },
     "datasets": {"data_prep/sources.py", "data_prep/rows.py"},
     "sentencepiece": {"data_prep/tokenizer.py"},
     "tokenizers": {"data_prep/tokenizer.py"},
