@@ -28,8 +28,9 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from data_prep import durable
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_line
 from pipeline import elastic, ranks, zero_files
+from pipeline.engine import trained_names
 
 RECORD = "complete.json"
 ASIDE = "aside"
@@ -99,7 +100,7 @@ def save(engine, folder: Path, record: Record, *, keep_last: int, keep_every_ste
     rank, tag = dist.get_rank(), tag_of(record.step)
     target = folder / tag
     ranks.decided_by_rank_0(lambda: _make_room(engine, folder, target))
-    state = {"samples_seen": record.samples_seen, zero_files.GROUPS: _trained_names(engine)}
+    state = {"samples_seen": record.samples_seen, zero_files.GROUPS: list(map(list, trained_names(engine.module)))}
     engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
     parts = ranks.gathered(_flush_own_files(target, rank))
     files = {name: facts for part in parts for name, facts in sorted(part.items())}
@@ -166,7 +167,7 @@ def why_torn(checkpoint: Path, *, checksums: bool = False) -> str | None:
     except FileNotFoundError:
         return "it was never finished (no completion record)"
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        return f"its completion record cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)})"
+        return f"its completion record cannot be read ({first_line(error)})"
     return _difference(checkpoint, record.files, checksums=checksums)
 
 
@@ -235,9 +236,7 @@ def load(engine, folder: Path, record: Record) -> None:
     ranks.all_agree(lambda: check_files(source, own))
     here = (world_size, engine.zero_optimization_stage(), layout_of(engine))
     if (record.world_size, record.zero_stage, record.layout) != here:
-        files = dict(zero_stage=record.zero_stage)
-        weights = ranks.all_agree(lambda: zero_files.read_weights(source, **files))
-        elastic.set_state(engine, weights, zero_files.read_trained(source, **files))
+        elastic.set_state(engine, *ranks.all_agree(lambda: zero_files.read(source, zero_stage=record.zero_stage)))
         engine.global_steps, engine.global_samples = record.step, record.samples_seen
         engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
         engine.skipped_steps = zero_files.read_skipped_steps(source)
@@ -261,7 +260,8 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The student's full fp32 weights of a whole checkpoint, on the CPU, checked; no process group is needed."""
     record = read_record(checkpoint)
     check_files(checkpoint, record.files)
-    return zero_files.read_weights(checkpoint, zero_stage=record.zero_stage)
+    weights, _ = zero_files.read(checkpoint, zero_stage=record.zero_stage)
+    return weights
 
 
 def set_aside(folder: Path, step: int) -> Path | None:
@@ -291,14 +291,6 @@ def _make_room(engine, folder: Path, target: Path) -> None:
     _check_room(engine, folder)
     if target.exists():
         shutil.rmtree(target)  # torn: a whole one of this step would have been resumed from
-
-
-def _trained_names(engine) -> list[list[str]]:
-    """Names of the trained parameters as `engine.parameter_groups` divides them."""
-    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-    axes = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()}
-    groups = [[name for name in trained if axes[name] > 1], [name for name in trained if axes[name] <= 1]]
-    return [group for group in groups if group]
 
 
 def check_all_seen(target: Path, files: dict[str, dict[str, Any]]) -> None:

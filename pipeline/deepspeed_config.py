@@ -14,7 +14,7 @@ from typing import Any
 import pydantic
 import torch
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_line
 from pipeline.config import Recipe
 from pipeline.operators import import_deepspeed
 
@@ -181,7 +181,7 @@ def _check_by_deepspeed(config: dict[str, Any]) -> None:
             f"{first['input']!r})"
         ) from None
     except Exception as error:  # its checks raise whatever came to hand: assertions, key errors, type errors
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         raise UserError(f"DeepSpeed does not take this configuration: {reason}") from None
     from deepspeed.accelerator import get_accelerator
 

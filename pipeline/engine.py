@@ -76,12 +76,20 @@ def learning_rate_factor(step: int, options: Optimizer) -> float:
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices decay, norms and biases do not."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = trained_names(model)
+    parameters = dict(model.named_parameters())
     groups = [
-        dict(params=[p for p in trainable if p.ndim > 1], weight_decay=weight_decay),
-        dict(params=[p for p in trainable if p.ndim <= 1], weight_decay=0.0),
+        dict(params=[parameters[name] for name in matrices], weight_decay=weight_decay),
+        dict(params=[parameters[name] for name in vectors], weight_decay=0.0),
     ]
     return [group for group in groups if group["params"]]
+
+
+def trained_names(model: torch.nn.Module) -> tuple[list[str], list[str]]:
+    """Names of the trainable matrices, and of the trainable norms and biases; also where ZeRO-3 holds pieces only."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    axes = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()}
+    return [name for name in trained if axes[name] > 1], [name for name in trained if axes[name] <= 1]
 
 
 def start_student(model: torch.nn.Module, options: Optimizer, config: dict[str, Any]):

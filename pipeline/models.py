@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_line
 from pipeline import student_init
 from pipeline.architectures import architecture_of, position_limit, without_pooler
 from pipeline.encoder import RelationEncoder
@@ -56,7 +56,7 @@ def teacher_config(model: str, trust_remote_code: bool = False) -> PretrainedCon
     try:
         config = AutoConfig.from_pretrained(_location(model), trust_remote_code=trust_remote_code)
     except Exception as error:  # the library has a kind of its own for every way in which a file can be wrong
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise UserError(
             f"cannot read the configuration of the model {model!r}: {reason}. "
             "Give a local folder or the id of a model on the hub."
@@ -128,7 +128,7 @@ def _load_backbone(model: str, config: PretrainedConfig, dtype: torch.dtype | st
             **without_pooler(config),
         )
     except Exception as error:  # as for the configuration
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise UserError(f"cannot load the weights of {model!r}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import durable
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_line
 from data_prep.shards import Corpus
 from pipeline import checkpoint, run_lock
 from pipeline.architectures import without_pooler
@@ -149,6 +149,6 @@ class FinishedRun:
             weights = checkpoint.read_weights(self.folder / CHECKPOINTS / checkpoint.tag_of(self.record.step))
             encoder.load_state_dict(weights, strict=True)
         except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise UserError(f"the student in {self.folder / MODEL} cannot be made: {reason}") from error
         return encoder.eval()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_line
 from pipeline.operators import import_deepspeed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,7 +51,7 @@ def load(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
         with torch.serialization.safe_globals(_deepspeed_classes()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # the unpickler stumbles over damaged bytes in every way there is
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise UserError(
             f"{path} cannot be read as a checkpoint ({reason}): it is damaged, or was not written by this program. "
             "Go on from another step with --resume STEP."
@@ -61,30 +61,33 @@ def load(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     return content
 
 
-def read_weights(checkpoint: Path, *, zero_stage: int) -> dict[str, Tensor]:
-    """All weights by name, in fp32, trained ones from the fp32 master; no process group is needed."""
-    weights = _frozen_or_all(checkpoint, zero_stage)
-    return weights | {name: state.weight for name, state in read_trained(checkpoint, zero_stage=zero_stage).items()}
-
-
-def read_trained(checkpoint: Path, *, zero_stage: int) -> dict[str, Trained]:
-    """The trained parameters by name.
+def read(checkpoint: Path, *, zero_stage: int) -> tuple[dict[str, Tensor], dict[str, Trained]]:
+    """What a checkpoint holds, whole and on the CPU; no process group is needed.
 
     Args:
         checkpoint: folder of a whole checkpoint.
         zero_stage: of the run that wrote it.
 
+    Returns:
+        All weights by name in fp32, trained ones from the fp32 master; and the trained ones with Adam's state.
+
     Raises:
         UserError: a file is damaged, or the partitions do not add up.
     """
     try:
-        if zero_stage == 0:
-            return _of_stage_0(load(checkpoint / "mp_rank_00_model_states.pt", mmap=True))
-        ranks = [load(path, mmap=True)["optimizer_state_dict"] for path in _of_ranks(checkpoint, "optim_states")]
-        shapes = [shape for group in _model_states(checkpoint)["param_shapes"] for shape in group.items()]
-        return _of_stage_3(ranks, shapes) if zero_stage == 3 else _of_stages_1_and_2(ranks, shapes)
+        trained = _trained(checkpoint, zero_stage)
+        weights = _frozen_or_all(checkpoint, zero_stage)
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"the files of {checkpoint} do not fit together ({type(error).__name__}: {error})") from None
+    return weights | {name: state.weight for name, state in trained.items()}, trained
+
+
+def _trained(checkpoint: Path, zero_stage: int) -> dict[str, Trained]:
+    if zero_stage == 0:
+        return _of_stage_0(load(checkpoint / "mp_rank_00_model_states.pt", mmap=True))
+    ranks = [load(path, mmap=True)["optimizer_state_dict"] for path in _of_ranks(checkpoint, "optim_states")]
+    shapes = [shape for group in _model_states(checkpoint)["param_shapes"] for shape in group.items()]
+    return _of_stage_3(ranks, shapes) if zero_stage == 3 else _of_stages_1_and_2(ranks, shapes)
 
 
 def _of_stage_0(states: dict[str, Any]) -> dict[str, Trained]:

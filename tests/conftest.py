@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import samples as sample_store
+from tests import toy
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -65,18 +66,8 @@ def corpus_folder(samples: Samples, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def small_run(samples: Samples, corpus_folder: Path) -> list[str]:
-    """Overrides that make the demo recipe a matter of seconds: six steps of eight samples of 32 tokens."""
-    return [
-        f"teacher.model={samples.teacher}",
-        f"data.corpus={corpus_folder}",
-        "data.seq_tokens=32",
-        "optimizer.global_batch_samples=8",
-        "optimizer.steps=6",
-        "optimizer.warmup_steps=2",
-        "checkpoint.every_steps=3",
-        "logging.every_steps=1",
-        "logging.validation_samples=16",
-    ]
+    """Overrides that make the demo recipe a matter of seconds, with a real teacher."""
+    return [f"teacher.model={samples.teacher}", f"data.corpus={corpus_folder}", *toy.SIX_STEPS]
 
 
 @pytest.fixture(scope="session")

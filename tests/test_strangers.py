@@ -5,7 +5,6 @@ in a traceback, never in running code, never in a file elsewhere. Corpora: tests
 """
 
 import contextlib
-import copy
 import importlib.util
 import json
 import random
@@ -25,28 +24,25 @@ from pipeline.evaluate import read_probe
 from pipeline.models import load_teacher, teacher_config
 from pipeline.run_folder import FinishedRun
 from tests import toy
+from tests.damage import changed, places
 from tests.pipeline.test_stages import settings, train
 
-WRONG = [
-    None,
-    True,
-    -1,
-    0,
-    1.5,
-    10**18,
-    10**30,
-    float("inf"),
-    float("nan"),
-    "",
-    "x",
-    "0x24",
-    "é" * 300,
-    "../..",
-    [],
-    [[]],
-    {},
+# fmt: off
+WRONG = [None, True, -1, 0, 1.5, 10**18, 10**30, 1e-300, float("inf"), float("nan"), [], [[]], [1, "a"], {}, {"a": 1},
+         "", "x", "0x24", "é" * 300, "../..", "a\x00b", "\x1b[31m", "6x384\n", "٦x٣٨٤", "100000x384"]
+ABSURD = [
+    "optimizer.peak_lr=inf", "optimizer.peak_lr=1e300", "optimizer.eps=nan", "optimizer.eps=1e-300",
+    "optimizer.weight_decay=inf", "optimizer.weight_decay=1e300", "optimizer.clip_norm=inf",
+    "optimizer.global_batch_samples=1000000000000000000", "optimizer.steps=1\n", f"optimizer.steps=1{'0' * 30}",
+    f"optimizer.steps={'9' * 5000}",
+    "relations.pairs.qq=inf", "relations.pairs.qq=1e300", "relations.pairs={}", "relations.layers=[]",
+    "relations.heads=1000000000",
+    "student.shape=0x24", "student.shape=06x24", "student.shape=100000x3840", "student.shape=2000x24",
+    "student.heads=7",
+    "data.weights={leads-en=inf}", "data.seq_tokens=1000000000", "data.block_samples=1000000000000000000",
+    "run.output=", "run.output='a\x00b'", "teacher.layer=99", "logging.hang_seconds=10000000000000",
 ]
-WRONG += ["a\x00b", "\x1b[31m", {"a": 1}, [1, "a"], "6x384\n", "٦x٣٨٤", "100000x384", 1e-300]
+# fmt: on
 
 
 @pytest.fixture(scope="module")
@@ -74,22 +70,6 @@ def accepted(function, *arguments, **options) -> bool:
     except (UserError, OSError) as error:
         assert cli.words_of(error).strip()
         return False
-
-
-def places(value, path=()):
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield from places(inner, (*path, key))
-
-
-def changed(value, path, other):
-    value = copy.deepcopy(value)
-    target = value
-    for key in path[:-1]:
-        target = target[key]
-    target[path[-1]] = other
-    return value
 
 
 def test_recipes_with_wrong_values(world):
@@ -130,29 +110,7 @@ def test_files_that_are_no_recipes(text, tmp_path):
     assert not accepted(load_recipe, str(tmp_path / "recipe.toml"))
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        *("optimizer.peak_lr=inf", "optimizer.eps=nan", "optimizer.weight_decay=inf", "optimizer.clip_norm=inf"),
-        *("relations.pairs.qq=inf", "data.weights={leads-en=inf}", "student.shape=0x24", "student.shape=06x24"),
-        *(
-            "optimizer.global_batch_samples=1000000000000000000",
-            "student.shape=100000x3840",
-            "data.seq_tokens=1000000000",
-        ),
-        *("relations.heads=1000000000", "run.output=", "run.output='a\x00b'", "teacher.layer=99", "student.heads=7"),
-        *("optimizer.eps=1e-300", "optimizer.weight_decay=1e300", "optimizer.peak_lr=1e300", "relations.pairs={}"),
-        *(
-            "relations.pairs.qq=1e300",
-            "relations.layers=[]",
-            "logging.hang_seconds=10000000000000",
-            "optimizer.steps=1\n",
-        ),
-        *("data.block_samples=1000000000000000000", "student.shape=2000x24"),
-        f"optimizer.steps=1{'0' * 30}",
-        f"optimizer.steps={'9' * 5000}",
-    ],
-)
+@pytest.mark.parametrize("override", ABSURD)
 def test_wrong_and_absurd_values_are_refused(override, world):
     folder, overrides = world
     with pytest.raises(UserError):

@@ -7,6 +7,15 @@ from data_prep.prepare import PrepareRequest, prepare
 from data_prep.sources import Source
 
 HIDDEN, LAYERS, HEADS, POSITIONS = 48, 3, 4, 64
+SIX_STEPS = [  # overrides that make the demo recipe a matter of seconds: six steps of eight samples of 32 tokens
+    "data.seq_tokens=32",
+    "optimizer.global_batch_samples=8",
+    "optimizer.steps=6",
+    "optimizer.warmup_steps=2",
+    "checkpoint.every_steps=3",
+    "logging.every_steps=1",
+    "logging.validation_samples=16",
+]
 
 
 def make_teacher(folder: Path, texts: list[str], *, model_type: str = "bert", seed: int = 0, **extra) -> Path:
@@ -45,21 +54,15 @@ def first_texts(texts: Path, count: int = 200) -> list[str]:
 
 
 def make(folder: Path, texts: Path) -> list[str]:
-    """Teacher and corpus in a folder; the overrides that make the demo recipe train the toy, six steps of eight."""
+    """Teacher and corpus in a folder; the overrides that make the demo recipe train the toy."""
     teacher = make_teacher(folder / "teacher", first_texts(texts))
     corpus = make_corpus(folder / "corpus", teacher, texts)
     return [
         f"teacher.model={teacher}",
         f"data.corpus={corpus}",
         f"teacher.layer={LAYERS}",
-        "data.seq_tokens=32",
         "student.shape=2x24",
         "student.heads=4",
         "relations.heads=6",
-        "optimizer.global_batch_samples=8",
-        "optimizer.steps=6",
-        "optimizer.warmup_steps=2",
-        "checkpoint.every_steps=3",
-        "logging.every_steps=1",
-        "logging.validation_samples=16",
+        *SIX_STEPS,
     ]

@@ -19,6 +19,7 @@ from data_prep.sources import Source
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_files import fingerprint_of
 from pipeline.loader import DataOptions, SampleSet
+from tests.damage import changed, places
 
 WRONG = (
     None,
@@ -66,26 +67,6 @@ def use(folder) -> None:
                 samples = SampleSet(corpus, DataOptions(seq_tokens=32, seed=1, packing=packing), split)
                 count = min(64, int(samples.sizes.sum()))
                 samples.read(samples.locate(np.arange(count, dtype=np.int64)))
-
-
-def places(value, path=()):
-    """Every place in a JSON value: its keys."""
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield from places(inner, (*path, key))
-
-
-def changed(manifest, path, value):
-    manifest = copy.deepcopy(manifest)
-    target = manifest
-    for key in path[:-1]:
-        target = target[key]
-    if value is ...:
-        del target[path[-1]]
-    else:
-        target[path[-1]] = value
-    return manifest
 
 
 # What says nothing of how a corpus is read, or is compared with a teacher's elsewhere.

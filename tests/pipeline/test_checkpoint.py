@@ -100,14 +100,14 @@ def test_damaged_files_are_named(damage, checkpoints):
     folder = checkpoints / "step-00000006"
     next(folder.glob("*model_states.pt")).write_bytes(damage)
     with pytest.raises(UserError, match="model_states.pt cannot be read as a checkpoint"):
-        zero_files.read_weights(folder, zero_stage=1)
+        zero_files.read(folder, zero_stage=1)
 
 
 def test_files_of_ranks_that_do_not_add_up_are_refused(checkpoints):
     folder = checkpoints / "step-00000006"
     sorted(folder.glob("*optim_states.pt"))[1].unlink()
     with pytest.raises(UserError, match="do not fit together"):
-        zero_files.read_weights(folder, zero_stage=1)
+        zero_files.read(folder, zero_stage=1)
 
 
 def test_torn_ones_go_when_a_newer_one_is_whole(checkpoints):
