@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="minilmv2-deepspeed",
@@ -11,7 +11,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["data_prep", "pipeline", "launch", "ds_configs"],
+    packages=find_packages(include=["data_prep*", "pipeline*", "launch", "ds_configs"]),
     package_data={"launch": ["distill.sh", "recipes/*.toml"], "ds_configs": ["*.json", "README.md"]},
     entry_points={"console_scripts": ["minilm=launch.cli:main"]},
     install_requires=[

@@ -14,18 +14,19 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_prep import durable, sources
-from data_prep.assembly import Assembly
-from data_prep.engines import open_engine
+from data_prep import durable
 from data_prep.errors import UserError
 from data_prep.manifest import FORMAT_VERSION, Manifest
-from data_prep.parts import SPLITS
-from data_prep.progress import Progress
+from data_prep.readers import sources
+from data_prep.readers.sources import Source
 from data_prep.request import PrepareRequest
 from data_prep.shards import Corpus, token_dtype
-from data_prep.sources import Source
-from data_prep.tokenizer import Tokenizer
-from data_prep.units import UnitOptions
+from data_prep.tokens.tokenizer import Tokenizer
+from data_prep.work.assembly import Assembly
+from data_prep.work.engines import open_engine
+from data_prep.work.parts import SPLITS
+from data_prep.work.progress import Progress
+from data_prep.work.units import UnitOptions
 
 WORK_FOLDER = ".work"
 MOST_NAME = 200  # characters of a path that a message shows

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import durable, tokenizer_files
+from data_prep import durable
 from data_prep.errors import UserError
 from data_prep.manifest import ShardInfo
 from data_prep.shards import Corpus
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokens import tokenizer_files
+from data_prep.tokens.tokenizer import Tokenizer
 
 SAMPLE_CHARACTERS = 600
 LENGTH_BINS = 24

@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.sources import Source
+from data_prep.readers.sources import Source
 
 if sys.version_info >= (3, 11):
     import tomllib

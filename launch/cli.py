@@ -107,7 +107,10 @@ def distill(recipe, ds_config, resume, stop_at, profile, compile_layers, overrid
       minilm distill --recipe my.toml optimizer.peak_lr=3e-4 run.output=/data/run2
     """
     from launch import supervise
-    from pipeline import config, deepspeed_config, engine, preflight
+    from pipeline import config
+    from pipeline.engine import deepspeed_config
+    from pipeline.engine import student as engine
+    from pipeline.training import preflight
 
     checked = config.load_recipe(recipe, overrides)
     settings, ranks = deepspeed_config.read_ds_config(ds_config), num_gpus or engine.local_devices()
@@ -129,7 +132,10 @@ def distill(recipe, ds_config, resume, stop_at, profile, compile_layers, overrid
 def _distill_rank(
     status, recipe, ds_config, resume, stop_at, profile, compile_layers, overrides, local_rank, job, num_gpus
 ) -> int:
-    from pipeline import config, deepspeed_config, engine, trainer
+    from pipeline import config
+    from pipeline.engine import deepspeed_config
+    from pipeline.engine import student as engine
+    from pipeline.training import trainer
 
     if num_gpus:
         raise UserError("--num_gpus belongs to the launcher: deepspeed --num_gpus 2 launch/distill.sh --recipe ...")
@@ -183,8 +189,8 @@ def export(run: Path, step: int | None, out: Path | None) -> None:
     Example:
       minilm export runs/demo/run
     """
-    from pipeline import export as exporter
-    from pipeline.run_folder import FinishedRun
+    from pipeline.results import export as exporter
+    from pipeline.training.run_folder import FinishedRun
 
     finished = FinishedRun.open(run, step)
     click.echo(f"step {finished.record.step} of {run} -> {exporter.export(finished, out)}")
@@ -202,8 +208,8 @@ def evaluate(run: Path, step: int | None, probe: Path | None, texts: int) -> Non
     Example:
       minilm evaluate runs/demo/run --probe runs/samples/leads-en.jsonl
     """
-    from pipeline import evaluate as evaluator
-    from pipeline.run_folder import FinishedRun
+    from pipeline.results import evaluate as evaluator
+    from pipeline.training.run_folder import FinishedRun
 
     scores = evaluator.evaluate(FinishedRun.open(run, step), probe=probe, texts=texts)
     for table in evaluator.tables(scores):
@@ -277,6 +283,6 @@ def inspect(path: Path, sample: int | None, verify: bool, plot: Path | None) -> 
 
         corpus_report.show(Corpus.open(path), _console(), sample=sample, verify=verify, plot=plot)
     else:
-        from pipeline import report as run_report
+        from pipeline.results import report as run_report
 
         _console().print(run_report.table(path, verify=verify))

@@ -1,7 +1,7 @@
 """The recipe: everything that decides what is learned, read from TOML into frozen dataclasses and checked.
 
 A recipe never says how a run fits its machines (ZeRO stage, offload, precision, micro-batch): that is the DeepSpeed
-configuration's, see `pipeline.deepspeed_config`. Strings may hold `${NAME}`, taken from the environment;
+configuration's, see `pipeline.engine.deepspeed_config`. Strings may hold `${NAME}`, taken from the environment;
 `${MINILM_HOME}` always has a value (`data_prep.samples.home`).
 """
 
@@ -80,7 +80,7 @@ class Student:
         heads: attention heads.
         feed_forward: inner size of the feed-forward; four times the hidden size if absent.
         family: the teacher's architecture, or BERT's with the teacher's vocabulary.
-        init: the first weights, see `pipeline.models.build_student`.
+        init: the first weights, see `pipeline.encoders.models.build_student`.
         tail_init: of the last layer's part behind its queries, keys and values, which the loss never trains.
         dropout: of hidden states and attention.
     """
@@ -101,7 +101,7 @@ class Relations:
     Attributes:
         heads: relation heads A_r; must divide the hidden sizes of teacher and student.
         pairs: weight of each relation; q, k, v stand for queries, keys, values.
-        implementation: of the loss, see `pipeline.relations.relation_loss`.
+        implementation: of the loss, see `pipeline.relations.loss.relation_loss`.
         layers: several pairs of layers instead of the one, for studies: [teacher layer, student layer, weight] each,
             rising, the last pair being `teacher.layer` and the student's last layer.
     """
@@ -122,7 +122,7 @@ class Relations:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Data:
-    """Which samples come in which order; the fields are those of `pipeline.loader.DataOptions`.
+    """Which samples come in which order; the fields are those of `pipeline.data.loader.DataOptions`.
 
     Attributes:
         corpus: folder made by `minilm prepare`.

@@ -53,7 +53,7 @@ def samples() -> Samples:
 def corpus_folder(samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared corpus of 600 English leads, a tenth of them held out."""
     from data_prep.prepare import PrepareRequest, prepare
-    from data_prep.sources import Source
+    from data_prep.readers.sources import Source
 
     folder = tmp_path_factory.mktemp("corpus") / "leads"
     source = Source.parse(f"jsonl,language=en:{samples.leads('en')}")

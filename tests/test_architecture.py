@@ -12,17 +12,17 @@ FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py")
 
 OWNERS = {
     "deepspeed": {
-        "pipeline/engine.py",
-        "pipeline/operators.py",
-        "pipeline/zero_files.py",
-        "pipeline/deepspeed_config.py",
+        "pipeline/engine/student.py",
+        "pipeline/engine/operators.py",
+        "pipeline/engine/zero_files.py",
+        "pipeline/engine/deepspeed_config.py",
     },
-    "datasets": {"data_prep/sources.py", "data_prep/rows.py"},
-    "sentencepiece": {"data_prep/tokenizer.py"},
-    "tokenizers": {"data_prep/tokenizer.py"},
-    "tokie": {"data_prep/tokenizer.py"},
-    "ray": {"data_prep/engines.py"},
-    "triton": {"pipeline/relation_kernel.py"},
+    "datasets": {"data_prep/readers/sources.py", "data_prep/readers/rows.py"},
+    "sentencepiece": {"data_prep/tokens/tokenizer.py"},
+    "tokenizers": {"data_prep/tokens/tokenizer.py"},
+    "tokie": {"data_prep/tokens/tokenizer.py"},
+    "ray": {"data_prep/work/engines.py"},
+    "triton": {"pipeline/relations/kernel.py"},
 }
 
 

@@ -18,14 +18,15 @@ import torch
 from data_prep import durable
 from data_prep.errors import UserError
 from launch import cli
-from pipeline import checkpoint, deepspeed_config, preflight
 from pipeline.config import load_recipe
-from pipeline.evaluate import read_probe
-from pipeline.models import load_teacher, teacher_config
-from pipeline.run_folder import FinishedRun
+from pipeline.encoders.models import load_teacher, teacher_config
+from pipeline.engine import checkpoint, deepspeed_config
+from pipeline.results.evaluate import read_probe
+from pipeline.training import preflight
+from pipeline.training.run_folder import FinishedRun
 from tests import toy
 from tests.damage import changed, places
-from tests.pipeline.test_stages import settings, train
+from tests.pipeline.engine.test_stages import settings, train
 
 # fmt: off
 WRONG = [None, True, -1, 0, 1.5, 10**18, 10**30, 1e-300, float("inf"), float("nan"), [], [[]], [1, "a"], {}, {"a": 1},

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from data_prep.prepare import PrepareRequest, prepare
-from data_prep.sources import Source
+from data_prep.readers.sources import Source
 
 HIDDEN, LAYERS, HEADS, POSITIONS = 48, 3, 4, 64
 SIX_STEPS = [  # overrides that make the demo recipe a matter of seconds: six steps of eight samples of 32 tokens

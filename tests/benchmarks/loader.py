@@ -77,7 +77,7 @@ def write_corpus(folder: Path, scale: int) -> None:
 
 def open_ours(folder: Path, **options) -> Iterator[torch.Tensor]:
     from data_prep.shards import Corpus
-    from pipeline.loader import DataOptions, Loader
+    from pipeline.data.loader import DataOptions, Loader
 
     corpus = Corpus.open(folder)
     loader = Loader(
@@ -220,7 +220,7 @@ def measure(name: str, folder: Path, seconds: float) -> dict[str, float]:
     _, _, opener, modules = CONTENDERS[name]
     if "streaming" in modules:
         import_streaming()
-    for module in ("data_prep.shards", "pipeline.loader", *(m for m in modules if m != "streaming")):
+    for module in ("data_prep.shards", "pipeline.data.loader", *(m for m in modules if m != "streaming")):
         __import__(module)
     before = _resident_mb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew

@@ -13,9 +13,11 @@ import tempfile
 import time
 from collections import defaultdict
 
-from pipeline import checkpoint, deepspeed_config, engine, preflight, run_folder
 from pipeline.config import load_recipe
-from pipeline.trainer import Distillation
+from pipeline.engine import checkpoint, deepspeed_config
+from pipeline.engine import student as engine
+from pipeline.training import preflight, run_folder
+from pipeline.training.trainer import Distillation
 
 STEPS, SAVES = 40, 5
 

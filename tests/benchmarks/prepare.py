@@ -55,7 +55,7 @@ def encoder_alone(text: Path, tokenizer: str, folder: Path) -> tuple[float, floa
     """Documents already in memory, ids thrown away; wall and processor seconds of encoding only."""
     import multiprocessing
 
-    from data_prep.tokenizer import Tokenizer
+    from data_prep.tokens.tokenizer import Tokenizer
 
     Tokenizer.load(tokenizer).encoder.save(folder)
     with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
@@ -66,7 +66,7 @@ def encoder_alone(text: Path, tokenizer: str, folder: Path) -> tuple[float, floa
 def _encode_share(text: str, folder: str, number: int) -> tuple[float, float]:
     os.environ["RAYON_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from data_prep.tokenizer import Encoder
+    from data_prep.tokens.tokenizer import Encoder
 
     with open(text, "rb") as file:
         texts = [json.loads(line)["text"] for position, line in enumerate(file) if position % WORKERS == number]
@@ -81,7 +81,7 @@ def _encode_share(text: str, folder: str, number: int) -> tuple[float, float]:
 
 def minilm_prepare(text: Path, tokenizer: str, folder: Path) -> None:
     from data_prep.prepare import PrepareRequest, prepare
-    from data_prep.sources import Source
+    from data_prep.readers.sources import Source
 
     # Shards of the size of a unit, so that they are built all along, as they are in a corpus of many gigabytes.
     source = Source(kind="jsonl", path=str(text))

@@ -27,7 +27,7 @@ COMMAND = """
 import sys
 from pathlib import Path
 from data_prep.prepare import PrepareRequest, prepare
-from data_prep.sources import Source
+from data_prep.readers.sources import Source
 if __name__ == "__main__":
     source = Source(kind="jsonl", path=sys.argv[2])
     request = PrepareRequest(tokenizer=sys.argv[1], sources=(source,), unit_bytes=4 << 20)

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pipeline.qkv import QKV
-from pipeline.relations import relation_loss  # noqa: E402
+from pipeline.relations.loss import relation_loss  # noqa: E402
+from pipeline.relations.qkv import QKV
 
 
 def materialised(teacher: QKV, student: QKV, heads: int, lengths: list[int]) -> torch.Tensor:

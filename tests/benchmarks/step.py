@@ -41,8 +41,8 @@ def our_loss(options: argparse.Namespace):
     import torch
     from transformers import AutoModel
 
-    from pipeline.models import RelationEncoder, load_teacher, tail_parameter_names
-    from pipeline.relations import relation_loss
+    from pipeline.encoders.models import RelationEncoder, load_teacher, tail_parameter_names
+    from pipeline.relations.loss import relation_loss
 
     teacher = load_teacher(options.teacher, layer=options.layer)
     student = RelationEncoder(AutoModel.from_pretrained(options.student_folder, add_pooling_layer=False)).train()
@@ -140,7 +140,7 @@ class Contender:
 
 
 def make_student(options: argparse.Namespace, folder: str) -> None:
-    from pipeline.models import StudentShape, build_student, teacher_config
+    from pipeline.encoders.models import StudentShape, build_student, teacher_config
 
     shape = StudentShape.parse(options.shape)
     build_student(shape, teacher_config(options.teacher), dropout=0.1).backbone.save_pretrained(folder)

@@ -21,9 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data_prep import samples  # noqa: E402
-from pipeline.models import StudentShape, build_student, load_teacher, teacher_config  # noqa: E402
-from pipeline.relations import relation_loss  # noqa: E402
-from pipeline.student_init import clear_tail  # noqa: E402
+from pipeline.encoders.models import StudentShape, build_student, load_teacher, teacher_config  # noqa: E402
+from pipeline.encoders.student_init import clear_tail  # noqa: E402
+from pipeline.relations.loss import relation_loss  # noqa: E402
 
 POSITIONS, ROWS, HELD_OUT_ROWS, PROBE_ARTICLES = 128, 16, 64, 1200
 

@@ -14,11 +14,11 @@ from rich.console import Console
 from data_prep import report
 from data_prep.errors import UserError
 from data_prep.prepare import PrepareRequest, prepare
+from data_prep.readers.sources import Source
 from data_prep.shards import Corpus
-from data_prep.sources import Source
-from data_prep.tokenizer import Tokenizer
-from data_prep.tokenizer_files import fingerprint_of
-from pipeline.loader import DataOptions, SampleSet
+from data_prep.tokens.tokenizer import Tokenizer
+from data_prep.tokens.tokenizer_files import fingerprint_of
+from pipeline.data.loader import DataOptions, SampleSet
 from tests.damage import changed, places
 
 WRONG = (

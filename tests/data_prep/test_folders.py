@@ -11,9 +11,9 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.prepare import PrepareRequest, prepare
+from data_prep.readers.sources import Source, expand
 from data_prep.request import request_from
-from data_prep.sources import Source, expand
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokens.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 HEX = "0123456789abcdef" * 2
@@ -190,7 +190,7 @@ from pathlib import Path
 from data_prep.errors import UserError
 from data_prep.prepare import PrepareRequest, prepare
 from data_prep.shards import Corpus
-from data_prep.sources import Source
+from data_prep.readers.sources import Source
 
 root, teacher, text, *sizes = sys.argv[1:]
 request = PrepareRequest(tokenizer=teacher, sources=(Source.parse(f"jsonl:{text}"),), unit_bytes=60_000,

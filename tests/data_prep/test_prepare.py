@@ -14,12 +14,13 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
-from data_prep import engines, sources
 from data_prep import prepare as prepare_module
 from data_prep.errors import UserError
 from data_prep.prepare import PrepareRequest, prepare
+from data_prep.readers import sources
+from data_prep.readers.sources import Source
 from data_prep.shards import Corpus
-from data_prep.sources import Source
+from data_prep.work import engines
 
 
 def files_of(folder):

@@ -9,8 +9,8 @@ from rich.console import Console
 from data_prep import report
 from data_prep.errors import UserError
 from data_prep.prepare import prepare
+from data_prep.readers.sources import Source
 from data_prep.request import parse_size, request_from
-from data_prep.sources import Source
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 from data_prep import shards
 from data_prep.errors import UserError
 from data_prep.prepare import PrepareRequest, prepare
+from data_prep.readers.sources import Source
 from data_prep.shards import Corpus, ShardWriter, read_index, token_dtype
-from data_prep.sources import Source
 
 DOCUMENTS = ([5, 6, 7], [8], [9] * 400, [10, 11])
 

@@ -106,7 +106,7 @@ def test_export_and_evaluate_name_what_is_missing(runs, tmp_path):
 def test_names_with_brackets_are_shown_as_they_are(runs, samples, tmp_path):
     """To the table's library `[/x]` would be the end of a style that never began."""
     from data_prep.prepare import PrepareRequest, prepare
-    from data_prep.sources import Source
+    from data_prep.readers.sources import Source
 
     text = tmp_path / "a.jsonl"
     text.write_text('{"text": "A sentence that is long enough to be kept, about nothing."}\n' * 20)

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.shards import Corpus
-from pipeline.monitor import read_metrics
+from pipeline.training.monitor import read_metrics
 from tests.hub import serve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ import sys
 from pathlib import Path
 from data_prep.errors import UserError
 from data_prep.prepare import PrepareRequest, prepare
-from data_prep.sources import Source
+from data_prep.readers.sources import Source
 if __name__ == "__main__":
     request = PrepareRequest(
         tokenizer="someone/teacher", sources=tuple(map(Source.parse, sys.argv[2:])), unit_bytes=100_000

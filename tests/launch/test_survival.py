@@ -13,8 +13,8 @@ import psutil
 import pytest
 import torch
 
-from pipeline.checkpoint import read_weights
-from pipeline.monitor import read_metrics
+from pipeline.engine.checkpoint import read_weights
+from pipeline.training.monitor import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "distill.sh"

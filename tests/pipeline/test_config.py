@@ -4,8 +4,8 @@ import pytest
 
 from data_prep.errors import UserError
 from pipeline import config
-from pipeline.checkpoint import differences
 from pipeline.config import Recipe, load_recipe, shipped_recipes, write_recipe
+from pipeline.engine.checkpoint import differences
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -1,0 +1,49 @@
+"""What a run's folder holds, as tables for people; no GPU and no process group is needed."""
+
+from pathlib import Path
+
+from data_prep.errors import UserError
+from pipeline.config import load_recipe
+from pipeline.engine import checkpoint
+from pipeline.training.monitor import iterate_metrics
+
+
+def table(folder: Path, *, verify: bool = False):
+    """The recipe in short, the last record of each kind, and every checkpoint, whole or torn, as a rich group.
+
+    Args:
+        folder: of the run.
+        verify: read every byte of the checkpoints and compare checksums; else sizes alone are compared.
+    """
+    from rich.console import Group
+    from rich.table import Table
+
+    if not (folder / "recipe.toml").is_file():
+        raise UserError(f"{folder} is neither a corpus (manifest.json) nor a run (recipe.toml)")
+    recipe = load_recipe(str(folder / "recipe.toml"))
+    run = Table("", "", title=str(folder), show_header=False)
+    run.add_row("teacher", f"{recipe.teacher.model}, layer {recipe.teacher.layer}")
+    run.add_row("student", f"{recipe.student.shape}, first weights {recipe.student.init}")
+    run.add_row("relations", f"{', '.join(recipe.relations.pairs)} with {recipe.relations.heads} heads")
+    run.add_row("data", f"{recipe.data.corpus}, {recipe.data.seq_tokens} tokens a sample")
+    last = {record["kind"]: record for record in iterate_metrics(folder) if "loss" in record}
+    for kind in ("train", "validation"):
+        if kind in last:
+            run.add_row(f"{kind} loss", f"{last[kind]['loss']:.4f} at step {last[kind]['step']:,}")
+    checkpoints = Table("checkpoint", "samples seen", "ranks", "ZeRO stage", "MB", "state", title="Checkpoints")
+    for path in sorted((folder / "checkpoints").glob("step-*")):
+        problem = checkpoint.why_torn(path, checksums=verify)
+        if problem:
+            checkpoints.add_row(path.name, "", "", "", "", f"torn: {problem}")
+            continue
+        record = checkpoint.read_record(path)
+        size = sum(facts["bytes"] for facts in record.files.values()) / 1e6
+        row = (
+            f"{record.samples_seen:,}",
+            str(record.world_size),
+            str(record.zero_stage),
+            f"{size:,.1f}",
+            "whole, verified" if verify else "whole",
+        )
+        checkpoints.add_row(path.name, *row)
+    return Group(run, checkpoints)

@@ -1,0 +1,244 @@
+"""Every kind of source: the documents in it, whatever the compression and however it is cut into units."""
+
+import bz2
+import functools
+import gzip
+import json
+import lzma
+import tracemalloc
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data_prep.errors import UserError
+from data_prep.readers import formats, sources
+from data_prep.readers.formats import BadRecord
+from data_prep.readers.sources import Source
+
+COMPRESSORS = {"": lambda data: data, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+def items_of(source, unit_bytes=1 << 20):
+    """All documents and bad records of a source, read unit by unit and block by block."""
+    found = []
+    for expanded in sources.open_tables(sources.expand((source,))):
+        for unit in sources.plan(expanded, unit_bytes):
+            if unit.streamed:
+                for block in sources.blocks(unit, unit_bytes):
+                    found += sources.documents(unit, block)
+            else:
+                found += sources.documents(unit)
+    return found
+
+
+def texts_of(source, unit_bytes=1 << 20):
+    found = items_of(source, unit_bytes)
+    assert all(isinstance(item, str) for item in found), found
+    return found
+
+
+def write(path, text, suffix=""):
+    path = path.with_name(path.name + suffix)
+    data = text if isinstance(text, bytes) else text.encode()
+    path.write_bytes(COMPRESSORS[suffix](data))
+    return path
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 7, 64, 1000, 1 << 20])
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_jsonl_is_the_same_however_it_is_cut(tmp_path, suffix, unit_bytes):
+    texts = [f"document {number} " + "é\u2028x" * (number % 9) for number in range(40)]
+    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=number % 2 == 0) for number, text in enumerate(texts))
+    path = write(tmp_path / "a.jsonl", lines + "\n", suffix)
+    assert texts_of(Source.parse(f"jsonl:{path}"), unit_bytes) == texts
+
+
+def test_zstandard(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    compress = functools.partial(pyarrow.compress, codec="zstd", asbytes=True)
+    texts = [f"text {number} " + "x" * 100 for number in range(3000)]
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    path.write_bytes(compress(data[:100_000]) + compress(data[100_000:]))
+    assert texts_of(Source.parse(f"jsonl:{path}")) == texts
+    path.write_bytes(path.read_bytes()[:-20])
+    assert "truncated or damaged" in items_of(Source.parse(f"jsonl:{path}"))[-1].describe()
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 10, 1 << 20])
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_cc100_documents_end_at_blank_lines(tmp_path, suffix, unit_bytes):
+    path = write(tmp_path / "sw.txt", "first\nparagraph two\n\nsecond document\n\nthird: čšž\n", suffix)
+    (source,) = sources.expand((Source.parse(f"cc100:{path}"),))
+    assert (source.name, source.language) == ("cc100-sw", "sw")
+    assert texts_of(source, unit_bytes) == ["first\nparagraph two", "second document", "third: čšž"]
+
+
+def test_cc100_folder_has_a_source_for_each_language(tmp_path):
+    for language in ("sw", "de", "zh-Hans", "my_zaw"):
+        write(tmp_path / f"{language}.txt", "text\n", ".xz")
+    for spelled in (tmp_path, tmp_path / "*.txt.xz"):
+        expanded = sources.expand((Source.parse(f"cc100:{spelled}"),))
+        assert [(s.name, s.language) for s in expanded] == [
+            ("cc100-de", "de"),
+            ("cc100-my_zaw", "my_zaw"),
+            ("cc100-sw", "sw"),
+            ("cc100-zh-Hans", "zh-Hans"),
+        ]
+
+
+def test_books_in_a_folder_are_one_document_each(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name, text in {"b.txt": "Book B.\n\nChapter 2.\n", "a.txt": "Book A.", "sub/c.txt": "Book C."}.items():
+        write(tmp_path / name, text)
+    (tmp_path / "notes.md").write_text("not a book")
+    assert texts_of(Source.parse(f"bookcorpus:{tmp_path}")) == ["Book A.", "Book B.\n\nChapter 2.", "Book C."]
+
+
+@pytest.mark.parametrize("documents, expected", [("file", 1), ("paragraph", 2), ("line", 3)])
+def test_plain_text_documents(tmp_path, documents, expected):
+    path = write(tmp_path / "a.txt", "one\ntwo\n\nthree\n")
+    found = texts_of(Source.parse(f"text,documents={documents}:{path}"))
+    assert len([text for text in found if text]) == expected
+
+
+def parquet(path, rows, column="text", group_rows=10):
+    table = pyarrow.table({"id": list(range(len(rows))), column: rows})
+    pyarrow.parquet.write_table(table, path, row_group_size=group_rows)
+    return path
+
+
+def test_parquet(tmp_path):
+    texts = [f"row {number}" for number in range(35)]
+    path = parquet(tmp_path / "a.parquet", texts)
+    assert texts_of(Source.parse(f"parquet:{path}"), 1) == texts
+    assert texts_of(Source.parse(f"wikipedia,language=en:{path}")) == texts
+
+
+def test_bookcorpus_sentences_are_joined_back(tmp_path):
+    path = parquet(tmp_path / "books.parquet", [f"sentence {n} ." for n in range(25)], group_rows=100)
+    found = texts_of(Source.parse(f"bookcorpus,rows_per_document=10:{path}"))
+    assert [text.count("sentence") for text in found] == [10, 10, 5]
+    assert found[0].startswith("sentence 0 . sentence 1 .")
+    assert len(texts_of(Source.parse(f"bookcorpus:{path}"))) == 1
+
+
+def test_saved_datasets_and_local_repositories(tmp_path):
+    import datasets
+
+    texts = [f"text {number}" for number in range(50)]
+    table = datasets.Dataset.from_dict({"body": texts})
+    table.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "both"))
+    (tmp_path / "repository").mkdir()
+    parquet(tmp_path / "repository" / "train.parquet", texts, column="body")
+    for folder in ("saved", "both", "repository"):
+        assert texts_of(Source.parse(f"hub,field=body:{tmp_path / folder}"), 100) == texts
+    with pytest.raises(UserError, match="no column 'text', only body"):
+        texts_of(Source.parse(f"hub:{tmp_path / 'saved'}"))
+
+
+def test_a_dataset_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="hub dataset 'nobody/nothing'.*cannot be opened"):
+        texts_of(Source.parse("hub:nobody/nothing"))
+
+
+BAD_JSONL = {
+    b'{"text": "ok"}\n{"text": broken\n{"text": "last"}\n': (2, "not valid JSON"),
+    b'{"text": "ok"}\n{"body": "other"}\n{"text": "last"}\n': (2, "no field 'text'"),
+    b'{"text": "ok"}\n\n{"text": 5}\n{"text": "last"}\n': (3, "is int, expected a string"),
+    b'{"text": "ok"}\n{"text": "\xff\xfe"}\n{"text": "last"}\n': (2, "not valid UTF-8"),
+    b'{"text": "ok"}\n[1, 2]\n{"text": "last"}\n': (2, "no field 'text'"),
+    b'{"text": "ok"}\n{"text": "half \\ud800 pair"}\n{"text": "last"}\n': (2, "surrogate"),
+}
+
+
+@pytest.mark.parametrize("data", BAD_JSONL)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_bad_json_records_are_named_by_file_and_line(tmp_path, data, suffix):
+    line, reason = BAD_JSONL[data]
+    path = write(tmp_path / "a.jsonl", data, suffix)
+    good_1, bad, good_2 = items_of(Source.parse(f"jsonl:{path}"))
+    assert (good_1, good_2) == ("ok", "last")
+    assert isinstance(bad, BadRecord)
+    assert f"{path}, line {line} " in bad.describe() and reason in bad.describe()
+
+
+def test_bad_bytes_in_plain_text(tmp_path):
+    path = write(tmp_path / "xx.txt", b"good\n\nbad \xff bytes\n\ngood again\n")
+    items = items_of(Source.parse(f"cc100:{path}"))
+    assert [type(item) for item in items] == [str, BadRecord, str]
+    assert "line 3" in items[1].describe()
+
+
+def test_missing_values_and_columns_in_parquet(tmp_path):
+    path = parquet(tmp_path / "a.parquet", ["one", None, "three"])
+    items = items_of(Source.parse(f"parquet:{path}"))
+    assert "row 1" in items[1].describe() and "NoneType" in items[1].describe()
+    with pytest.raises(UserError, match="no column 'body', only id, text"):
+        items_of(Source.parse(f"parquet,field=body:{path}"))
+    (tmp_path / "b.parquet").write_bytes(b"not parquet at all")
+    with pytest.raises(UserError, match="b.parquet is not a readable Parquet file"):
+        items_of(Source.parse(f"parquet:{tmp_path / 'b.parquet'}"))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+@pytest.mark.parametrize("unit_bytes", [500, 1 << 20])
+def test_truncated_compressed_file_gives_its_whole_records_and_says_so(tmp_path, suffix, unit_bytes, samples):
+    path = write(tmp_path / "a.jsonl", samples.leads().read_bytes()[:3_000_000], suffix)
+    whole = [item for item in items_of(Source.parse(f"jsonl:{path}")) if isinstance(item, str)]
+    path.write_bytes(path.read_bytes()[:-200_000])
+    *documents, torn = items_of(Source.parse(f"jsonl:{path}"), unit_bytes)
+    assert isinstance(torn, BadRecord) and "truncated or damaged" in torn.describe()
+    assert documents == whole[: len(documents)]
+    assert 0 < len(documents) < len(whole)
+
+
+def test_an_empty_file_has_no_documents(tmp_path):
+    assert texts_of(Source.parse(f"jsonl:{write(tmp_path / 'a.jsonl', '')}")) == []
+    assert texts_of(Source.parse(f"jsonl:{write(tmp_path / 'b.jsonl', '', '.xz')}")) == []
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("jsonl", "expected KIND:PATH"),
+        ("csv:a.csv", "KIND one of wikipedia, bookcorpus"),
+        ("jsonl:", "expected KIND:PATH"),
+        ("jsonl,colour=red:a", "colour is not known"),
+        ("text,documents=page:a", "documents='page'"),
+        ("jsonl,name=../x:a", "source name"),
+        ("parquet,rows_per_document=many:a", "not a whole number"),
+    ],
+)
+def test_sources_that_are_mistyped(text, message):
+    with pytest.raises(UserError, match=message):
+        Source.parse(text)
+
+
+def test_sources_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        sources.expand((Source.parse(f"jsonl:{tmp_path}/x.jsonl"),))
+    with pytest.raises(UserError, match="no file ending in .jsonl"):
+        sources.expand((Source.parse(f"jsonl:{tmp_path}"),))
+    write(tmp_path / "a.jsonl", "")
+    with pytest.raises(UserError, match="two sources are called 'a'"):
+        sources.expand((Source.parse(f"jsonl:{tmp_path}/a.jsonl"),) * 2)
+
+
+def test_reading_needs_little_memory_whatever_the_size(tmp_path):
+    path = tmp_path / "big.txt.xz"
+    with lzma.open(path, "wb", preset=0) as file:
+        for _ in range(200):
+            file.write((b"some text " * 50 + b"\n\n") * 500)  # 50 MB in all
+    tracemalloc.start()
+    unit_bytes = 1 << 20
+    (source,) = sources.expand((Source.parse(f"cc100,language=en:{path}"),))
+    count = 0
+    for unit in sources.plan(source, unit_bytes):
+        for block in formats.span_blocks(unit.spans[0], b"\n\n", unit_bytes):
+            count += sum(1 for _ in sources.documents(unit, block))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count >= 100_000
+    assert peak_bytes < 16 << 20

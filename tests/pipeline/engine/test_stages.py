@@ -1,0 +1,257 @@
+"""Every shipped DeepSpeed configuration, on one rank and on two: train, stop, resume, move on, export, score.
+
+The runs are those of a toy teacher, trained one after another in one process group a number of ranks. On a machine with
+GPUs the same cases run on them (`pytest -m gpu`), on one and on as many as there are.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from data_prep.shards import Corpus
+from pipeline.config import load_recipe
+from pipeline.data.loader import Loader
+from pipeline.engine import deepspeed_config
+from pipeline.engine import student as engine
+from pipeline.engine.checkpoint import find, read_weights
+from pipeline.engine.operators import import_deepspeed
+from pipeline.results import report
+from pipeline.results.evaluate import evaluate
+from pipeline.results.export import export, load_exported
+from pipeline.training.build import data_options
+from pipeline.training.monitor import read_metrics
+from pipeline.training.run_folder import FinishedRun
+from tests import toy
+
+SHIPPED = [name for name in deepspeed_config.shipped_ds_configs() if "nvme" not in name]  # that needs libaio's headers
+BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
+OTHERS = {
+    **{f"fp32-stage{stage}": {"zero_optimization": {"stage": stage}} for stage in (0, 2, 3)},  # stage 1 is `cpu`
+    "bf16-stage1-plain": {**BF16, "zero_optimization": {"stage": 1}},  # the bf16 path without fp32 accumulation
+    "fp16-stage0": {**FP16, "zero_optimization": {"stage": 0}},
+    "fp16-stage2": {**FP16, "zero_optimization": {"stage": 2}},
+}
+NAMES = [*SHIPPED, *OTHERS]
+STEPS = 4
+# How far a curve may be from that of fp32 without ZeRO, relative: what the precision gives, not the stage.
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.03, "fp16": 0.01}
+
+
+def settings(name: str) -> dict:
+    """A configuration with micro-batches of two, so that gradients are accumulated, as far as this machine has it."""
+    config = json.loads(json.dumps(OTHERS.get(name) or deepspeed_config.read_ds_config(name)))
+    config["train_micro_batch_size_per_gpu"] = 2
+    if not torch.cuda.is_available() and "offload" in name:  # pinned memory wants a GPU, DeepSpeed's Adam a compiler
+        config["zero_force_ds_cpu_optimizer"] = False
+        for what in ("offload_optimizer", "offload_param"):
+            config["zero_optimization"].get(what, {}).pop("pin_memory", None)
+    return config
+
+
+def precision(name: str) -> str:
+    return (
+        str(deepspeed_config.compute_dtype(settings(name)))
+        .replace("torch.float32", "fp32")
+        .replace("torch.bfloat16", "bf16")
+        .replace("torch.float16", "fp16")
+    )
+
+
+def supported(name: str) -> bool:
+    import_deepspeed()
+    from deepspeed.accelerator import get_accelerator
+
+    return precision(name) != "fp16" or get_accelerator().is_fp16_supported()
+
+
+RUNNABLE = [name for name in NAMES if supported(name)]
+RANKS = (1, 2) if not torch.cuda.is_available() or torch.cuda.device_count() > 1 else (1,)
+
+
+def train(folder: Path, ranks: int, jobs: list[dict]) -> dict[str, int]:
+    """Run the jobs on so many ranks; exit codes by run."""
+    name = f"jobs-{len(list(folder.glob('jobs-*')))}.json"
+    (folder / name).write_text(json.dumps(jobs))
+    worker = Path(__file__).with_name("stage_worker.py")
+    command = [Path(sys.executable).parent / "torchrun", "--standalone", f"--nproc-per-node={ranks}", worker]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "DS_LOG_LEVEL": "error"}
+    process = subprocess.run(
+        list(map(str, [*command, folder, name])), env=environment, capture_output=True, text=True, timeout=600
+    )
+    (folder / f"log-{name}.txt").write_text(process.stdout)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-5000:]
+    return json.loads((folder / f"codes-{name}").read_text())
+
+
+def log_of(folder: Path) -> str:
+    return "".join(path.read_text() for path in sorted(folder.glob("log-*.txt")))
+
+
+@pytest.fixture(scope="module")
+def toy_run(samples, tmp_path_factory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("stages")
+    overrides = [o for o in toy.make(folder, samples.leads()) if not o.startswith(("optimizer.steps", "checkpoint."))]
+    return folder, [*overrides, f"optimizer.steps={STEPS}", "checkpoint.every_steps=2", "student.dropout=0.0"]
+
+
+@pytest.fixture(scope="module")
+def trained(toy_run) -> Path:
+    """Runs NAME-RANKS unbroken, and made from their middle: NAME-RANKS-resumed, -other-ranks and -next."""
+    folder, overrides = toy_run
+    for ranks in RANKS:
+        train(folder, ranks, [_job(overrides, f"{name}-{ranks}", name) for name in RUNNABLE])
+    for ranks in RANKS:
+        jobs = []
+        for number, name in enumerate(RUNNABLE):
+            following = RUNNABLE[(number + 1) % len(RUNNABLE)]
+            here, there = f"{name}-{ranks}", f"{name}-{3 - ranks}"
+            jobs.append(_job(overrides, f"{here}-resumed", name, copy=here, resume="2"))
+            if len(RANKS) > 1:
+                jobs.append(_job(overrides, f"{here}-other-ranks", name, copy=there, resume="2"))
+            if ranks == RANKS[-1]:
+                jobs.append(_job(overrides, f"{here}-next", following, copy=here, resume="2"))
+        train(folder, ranks, jobs)
+    return folder
+
+
+def _job(overrides: list[str], run: str, name: str, **start: str) -> dict:
+    return dict(run=run, config=settings(name), overrides=overrides, **start)
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run, "train")]
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_weights(run / "checkpoints" / f"step-{STEPS:08d}")
+
+
+def cases():
+    reason = "DeepSpeed has no fp16 on this processor"
+    marks = {name: [pytest.mark.skip(reason=reason)] for name in NAMES if name not in RUNNABLE}
+    return [pytest.param(name, marks=marks.get(name, [])) for name in NAMES]
+
+
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("name", cases())
+class TestEveryConfiguration:
+    def test_follows_the_curve_of_fp32_without_zero(self, name, ranks, trained):
+        reference, ours = losses(trained / f"fp32-stage0-{ranks}"), losses(trained / f"{name}-{ranks}")
+        assert len(ours) == STEPS and ours[-1] < ours[0]
+        assert ours == pytest.approx(reference, rel=TOLERANCE[precision(name)])
+        norms = [record["gradient_norm"] for record in read_metrics(trained / f"{name}-{ranks}", "train")]
+        expected = [r["gradient_norm"] for r in read_metrics(trained / f"fp32-stage0-{ranks}", "train")]
+        assert norms == pytest.approx(expected, rel=10 * TOLERANCE[precision(name)]) and min(norms) > 0
+
+    def test_resumes_bit_for_bit(self, name, ranks, trained):
+        unbroken, resumed = trained / f"{name}-{ranks}", trained / f"{name}-{ranks}-resumed"
+        assert losses(resumed) == losses(unbroken)
+        ours, theirs = last_weights(resumed), last_weights(unbroken)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+    @pytest.mark.skipif(len(RANKS) == 1, reason="a rank needs a GPU of its own, and there is one")
+    def test_goes_on_with_another_number_of_ranks(self, name, ranks, trained):
+        moved, unbroken = trained / f"{name}-{ranks}-other-ranks", trained / f"{name}-{3 - ranks}"
+        assert losses(moved)[:2] == losses(unbroken)[:2]
+        _close(moved, unbroken, precision(name))
+
+    def test_goes_on_with_the_next_configuration(self, name, ranks, trained):
+        if ranks != RANKS[-1]:
+            return  # once is enough: the number of ranks changes in the test above
+        following = RUNNABLE[(RUNNABLE.index(name) + 1) % len(RUNNABLE)]
+        coarser = max(precision(name), precision(following), key=lambda kind: TOLERANCE[kind])
+        _close(trained / f"{name}-{ranks}-next", trained / f"{name}-{ranks}", coarser)
+
+    def test_is_inspected_exported_and_scored(self, name, ranks, trained):
+        run = trained / f"{name}-{ranks}"
+        lines = Console(width=200)
+        with lines.capture() as shown:
+            lines.print(report.table(run))
+        assert shown.get().count("whole") == 2 and "torn" not in shown.get()
+        exported = load_exported(export(FinishedRun.open(run))).state_dict()
+        weights = last_weights(run)
+        assert all(torch.equal(exported[key], weights[f"backbone.{key}"]) for key in exported)
+        trained_names = [key for key in weights if key.endswith("layer.0.attention.self.query.weight")]
+        rounded = [torch.equal(weights[key], weights[key].bfloat16().float()) for key in trained_names]
+        assert trained_names and not any(rounded)  # the fp32 master, not what the model computes with
+
+
+def _close(run: Path, unbroken: Path, kind: str) -> None:
+    """The same curve, and the same weights up to the order of sums, or the precision."""
+    assert losses(run) == pytest.approx(losses(unbroken), rel=TOLERANCE[kind])
+    ours, theirs = last_weights(run), last_weights(unbroken)
+    assert ours.keys() == theirs.keys()
+    for key, weight in theirs.items():
+        torch.testing.assert_close(ours[key], weight, rtol=1e-3, atol=1e-4 if kind == "fp32" else 1e-2)
+
+
+@pytest.mark.parametrize("name", ["cpu", "zero1"])
+def test_scores_of_a_run(name, trained):
+    scores = evaluate(FinishedRun.open(trained / f"{name}-{RANKS[-1]}"), probe=None)
+    assert scores.held_out.keys() == {"qq", "kk", "vv"}
+    assert all(after < before for before, after in scores.held_out.values())
+
+
+def test_going_back_sets_later_checkpoints_aside(trained):
+    run = trained / f"zero1-{RANKS[-1]}-resumed"
+    (aside,) = (run / "aside").iterdir()
+    assert {path.name for path in aside.iterdir()} == {f"step-{STEPS:08d}", "metrics.jsonl"}
+    assert [r["step"] for r in read_metrics(aside, "train")] == [1, 2, 3, 4]
+    assert find(run / "checkpoints", "auto").step == STEPS
+    assert f"went back to step 2: the checkpoints of later steps are now in {aside}" in log_of(trained)
+
+
+@pytest.fixture(scope="module")
+def spoilt(toy_run) -> dict[str, Path]:
+    """Runs whose teacher has NaN in the embedding of a token that only some batches hold."""
+    folder, overrides = toy_run
+    teacher = shutil.copytree(folder / "teacher", folder / "spoilt-teacher")
+    weights = load_file(teacher / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][token_of_two_steps(overrides, steps=8)] = float("nan")
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    names = ["fp32-stage0", "zero0", "zero1", "zero2", "zero3", "fp32-stage3"]
+    more = ["optimizer.steps=8", f"teacher.model={teacher}", "logging.validation_samples=2"]
+    train(folder, RANKS[-1], [_job([*overrides, *more], f"{name}-spoilt", name) for name in names])
+    return {name: folder / f"{name}-spoilt" for name in names}
+
+
+def token_of_two_steps(overrides: list[str], steps: int) -> int:
+    """A token that two of the first global batches hold."""
+    recipe = load_recipe("demo", overrides)
+    size = recipe.optimizer.global_batch_samples
+    loader = Loader(
+        Corpus.open(recipe.data.corpus), data_options(recipe), global_batch_samples=size, micro_batch_samples=size
+    )
+    with contextlib.closing(loader):
+        batches = [set(batch.input_ids.flatten().tolist()) for batch in itertools.islice(loader, steps)]
+    return next(token for token in sorted(set.union(*batches)) if sum(token in batch for batch in batches) == 2)
+
+
+def test_steps_that_are_not_finite_are_skipped_alike_at_every_stage(spoilt, toy_run):
+    """NaN in one micro-batch of one rank: no rank steps, the count and the learning rate go on, weights stay finite."""
+    folder, _ = toy_run
+    skipped = {name: [r["step"] for r in read_metrics(run, "skipped")] for name, run in spoilt.items()}
+    assert len(skipped["zero1"]) == 2
+    assert all(steps == skipped["zero1"] for steps in skipped.values()), skipped
+    options = load_recipe(str(spoilt["zero1"] / "recipe.toml")).optimizer
+    rates = [options.peak_lr * engine.learning_rate_factor(step, options) for step in range(8)]
+    for run in spoilt.values():
+        records = read_metrics(run, "train")
+        assert [record["lr"] for record in records] == pytest.approx(rates)
+        assert records[-1]["skipped_steps"] == len(skipped["zero1"])
+        weights = read_weights(run / "checkpoints" / "step-00000008")
+        assert all(weight.isfinite().all() for weight in weights.values())
+    assert "the teacher's own queries, keys or values of layer 3 are not finite" in log_of(folder)

@@ -1,0 +1,35 @@
+import pytest
+
+from data_prep.errors import UserError
+from pipeline.config import load_recipe
+from pipeline.engine.deepspeed_config import read_ds_config
+from pipeline.training.preflight import check, check_against_teacher
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("relations.heads=40", "does not divide the teacher's hidden size 384"),
+        ("student.shape=3x180", "does not divide the student's hidden size 180"),
+        ("student.heads=7", "student.heads = 7"),
+        ("teacher.layer=7", "has layers 1 to 6"),
+        ("data.seq_tokens=1024", "the teacher has 512 positions"),
+        ("optimizer.warmup_steps=100000", "exceeds optimizer.steps"),
+        ("relations.layers=[[4, 2, 1.0]]", r"must rise and end with .*\[6, 3\]"),
+        ("relations.layers=[[4, 3, 1.0], [6, 3, 1.0]]", "must rise"),
+    ],
+)
+def test_what_the_teacher_makes_impossible_is_refused(override, message):
+    sizes = dict(layers=6, hidden=384, positions=512)
+    check_against_teacher(load_recipe("demo"), **sizes)
+    with pytest.raises(UserError, match=message):
+        check_against_teacher(load_recipe("demo", [override]), **sizes)
+
+
+def test_folders_on_nvme_must_exist(tmp_path):
+    recipe = load_recipe("demo")
+    with pytest.raises(UserError, match="offload_param.nvme_path = '/local_nvme': expected a folder that exists"):
+        check(recipe, read_ds_config("zero3_nvme"), world_size=1)
+    recipe = load_recipe("demo", ["teacher.placement=zero3_nvme", f"teacher.nvme_path={tmp_path / 'none'}"])
+    with pytest.raises(UserError, match="teacher.nvme_path = .*none'"):
+        check(recipe, read_ds_config("cpu"), world_size=1)
