@@ -16,8 +16,8 @@ setup(
     entry_points={"console_scripts": ["minilm=launch.cli:main"]},
     install_requires=[
         "torch>=2.6",
-        "deepspeed>=0.19",
-        "transformers>=5",
+        "deepspeed>=0.19,<0.20",
+        "transformers>=5,<6",
         "datasets>=4",
         "sentencepiece",
         "tensorboard",

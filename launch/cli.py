@@ -107,13 +107,12 @@ def distill(recipe, ds_config, resume, stop_at, profile, compile_layers, overrid
       minilm distill --recipe my.toml optimizer.peak_lr=3e-4 run.output=/data/run2
     """
     from launch import supervise
-    from pipeline import config
-    from pipeline.engine import deepspeed_config
-    from pipeline.engine import student as engine
+    from pipeline.engine import deepspeed_config, process_group
+    from pipeline.recipes import load_recipe
     from pipeline.training import preflight
 
-    checked = config.load_recipe(recipe, overrides)
-    settings, ranks = deepspeed_config.read_ds_config(ds_config), num_gpus or engine.local_devices()
+    checked = load_recipe(recipe, overrides)
+    settings, ranks = deepspeed_config.read_ds_config(ds_config), num_gpus or process_group.local_devices()
     preflight.find_checkpoint(checked, preflight.check(checked, settings, world_size=ranks), resume)
     arguments = ["--recipe", recipe, "--ds-config", ds_config, "--resume", resume, *overrides]
     arguments += ["--stop-at", str(stop_at)] if stop_at else []
@@ -132,17 +131,16 @@ def distill(recipe, ds_config, resume, stop_at, profile, compile_layers, overrid
 def _distill_rank(
     status, recipe, ds_config, resume, stop_at, profile, compile_layers, overrides, local_rank, job, num_gpus
 ) -> int:
-    from pipeline import config
-    from pipeline.engine import deepspeed_config
-    from pipeline.engine import student as engine
-    from pipeline.training import trainer
+    from pipeline.engine import deepspeed_config, process_group
+    from pipeline.recipes import load_recipe
+    from pipeline.training.job import distill as run
 
     if num_gpus:
         raise UserError("--num_gpus belongs to the launcher: deepspeed --num_gpus 2 launch/distill.sh --recipe ...")
     options = dict(resume=resume, stop_at_step=stop_at, profile=profile, compile_layers=compile_layers)
     options["on_start"] = status.running
-    code = trainer.distill(config.load_recipe(recipe, overrides), deepspeed_config.read_ds_config(ds_config), **options)
-    engine.leave_process_group()
+    code = run(load_recipe(recipe, overrides), deepspeed_config.read_ds_config(ds_config), **options)
+    process_group.leave_process_group()
     return code
 
 

@@ -18,9 +18,9 @@ import torch
 from data_prep import durable
 from data_prep.errors import UserError
 from launch import cli
-from pipeline.config import load_recipe
 from pipeline.encoders.models import load_teacher, teacher_config
-from pipeline.engine import checkpoint, deepspeed_config
+from pipeline.engine import checkpoint, deepspeed_config, records
+from pipeline.recipes import load_recipe
 from pipeline.results.evaluate import read_probe
 from pipeline.training import preflight
 from pipeline.training.run_folder import FinishedRun
@@ -199,14 +199,14 @@ def test_records_of_checkpoints_with_wrong_values(world, tmp_path):
     """A checkpoint is passed over, or its weights are those that were saved."""
     folder, _ = world
     run = shutil.copytree(folder / "run", tmp_path / "run")
-    record = run / "checkpoints" / "step-00000004" / checkpoint.RECORD
+    record = run / "checkpoints" / "step-00000004" / records.RECORD
     whole, expected = json.loads(record.read_text()), checkpoint.read_weights(record.parent)
     for place in places(whole):
         for value in WRONG if place and place[0] != "recipe" else ():
             record.write_text(json.dumps(changed(whole, place, value)))
-            found = checkpoint.why_torn(record.parent, checksums=True)
+            found = records.why_torn(record.parent, checksums=True)
             assert found is None or isinstance(found, str)
-            accepted(checkpoint.find, run / "checkpoints", "auto", log=lambda line: None)
+            accepted(records.find, run / "checkpoints", "auto", log=lambda line: None)
             with contextlib.suppress(UserError):
                 weights = FinishedRun.open(run).student().state_dict()
                 assert all(torch.equal(weights[name], expected[name]) for name in expected) or found
@@ -218,7 +218,7 @@ def test_damaged_files_of_checkpoints(world, tmp_path):
     run = shutil.copytree(folder / "run", tmp_path / "run")
     target = run / "checkpoints" / "step-00000004"
     files, chance = {path: path.read_bytes() for path in target.glob("*.pt")}, random.Random(1)
-    record = json.loads((target / checkpoint.RECORD).read_text())
+    record = json.loads((target / records.RECORD).read_text())
     for number in range(120):
         path = chance.choice(sorted(files))
         data = bytearray(files[path])
@@ -230,14 +230,14 @@ def test_damaged_files_of_checkpoints(world, tmp_path):
         else:
             data = bytearray(chance.randbytes(chance.randrange(3000)))
         path.write_bytes(data)
-        assert checkpoint.why_torn(target, checksums=True)
+        assert records.why_torn(target, checksums=True)
         assert not accepted(checkpoint.read_weights, target)
         facts = {"bytes": len(data), "sha256": durable.sha256(path)}
         forged = {**record, "files": {**record["files"], path.name: facts}}
-        (target / checkpoint.RECORD).write_text(json.dumps(forged))
+        (target / records.RECORD).write_text(json.dumps(forged))
         accepted(lambda: FinishedRun.open(run).student())
         path.write_bytes(files[path])
-        (target / checkpoint.RECORD).write_text(json.dumps(record))
+        (target / records.RECORD).write_text(json.dumps(record))
 
 
 def test_models_with_wrong_values(world, tmp_path):

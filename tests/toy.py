@@ -66,3 +66,14 @@ def make(folder: Path, texts: Path) -> list[str]:
         "relations.heads=6",
         *SIX_STEPS,
     ]
+
+
+def random_qkv(rows, positions, hidden, *, dtype=None, scale=1.0, seed=0, requires_grad=False, device="cpu"):
+    """Queries, keys and values [rows, positions, hidden] of normal numbers, in fp64 if nothing else is asked for."""
+    import torch
+
+    from pipeline.relations.qkv import QKV
+
+    generator = torch.Generator().manual_seed(seed)
+    made = (scale * torch.randn(rows, positions, hidden, generator=generator, dtype=torch.float64) for _ in range(3))
+    return QKV(*(x.to(device, dtype or torch.float64).requires_grad_(requires_grad) for x in made))

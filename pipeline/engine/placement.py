@@ -25,7 +25,8 @@ from pipeline.encoders.architectures import without_pooler
 from pipeline.encoders.models import RelationEncoder, load_teacher, teacher_config, with_layers
 from pipeline.engine.deepspeed_config import compute_dtype
 from pipeline.engine.operators import import_deepspeed, load_async_io
-from pipeline.engine.student import device, set_buffers
+from pipeline.engine.process_group import device
+from pipeline.engine.student import set_buffers
 
 _SAMPLES, _SAMPLE_BYTES = 32, 1 << 13
 REPLICA_SHARE = 0.25  # of the memory that is free: the rest is for the student, its optimizer and activations

@@ -21,7 +21,7 @@ from data_prep.errors import UserError
 from pipeline.encoders.architectures import without_pooler
 from pipeline.results.export import export, held_out, load_exported, mark, model_card
 from pipeline.training.build import fresh_student, teacher_settings
-from pipeline.training.monitor import iterate_metrics
+from pipeline.training.metrics import iterate_metrics
 from pipeline.training.run_folder import FinishedRun
 
 MODELS = ("teacher", "student", "untrained")

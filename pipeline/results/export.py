@@ -16,7 +16,7 @@ from data_prep import durable
 from data_prep.errors import UserError
 from pipeline.encoders.architectures import without_pooler
 from pipeline.encoders.models import RelationEncoder, tail_parameter_names
-from pipeline.training.monitor import iterate_metrics
+from pipeline.training.metrics import iterate_metrics
 from pipeline.training.run_folder import EXPORT, MODEL, FinishedRun
 
 if TYPE_CHECKING:

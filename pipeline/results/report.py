@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from data_prep.errors import UserError
-from pipeline.config import load_recipe
-from pipeline.engine import checkpoint
-from pipeline.training.monitor import iterate_metrics
+from pipeline.engine import records
+from pipeline.recipes import load_recipe
+from pipeline.training.metrics import iterate_metrics
 
 
 def table(folder: Path, *, verify: bool = False):
@@ -32,11 +32,11 @@ def table(folder: Path, *, verify: bool = False):
             run.add_row(f"{kind} loss", f"{last[kind]['loss']:.4f} at step {last[kind]['step']:,}")
     checkpoints = Table("checkpoint", "samples seen", "ranks", "ZeRO stage", "MB", "state", title="Checkpoints")
     for path in sorted((folder / "checkpoints").glob("step-*")):
-        problem = checkpoint.why_torn(path, checksums=verify)
+        problem = records.why_torn(path, checksums=verify)
         if problem:
             checkpoints.add_row(path.name, "", "", "", "", f"torn: {problem}")
             continue
-        record = checkpoint.read_record(path)
+        record = records.read_record(path)
         size = sum(facts["bytes"] for facts in record.files.values()) / 1e6
         row = (
             f"{record.samples_seen:,}",

@@ -2,12 +2,11 @@
 
 import contextlib
 import errno
-import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from typing import Any
 import torch
 
 from data_prep import durable
-
-METRICS = "metrics.jsonl"
-METRICS_BYTES = 256 << 20  # a file that passes this loses every second of its older training records
+from pipeline.engine.deepspeed_config import MONITORS
+from pipeline.training.metrics import METRICS, METRICS_BYTES, iterate_metrics, line_of, thinned
 
 
 class RunLog:
@@ -42,7 +40,7 @@ class RunLog:
             return
         self._path = output / METRICS
         kept = (r for r in iterate_metrics(output) if r["step"] <= first_step) if first_step else ()
-        durable.write_chunks(self._path, map(_line, kept))
+        durable.write_chunks(self._path, map(line_of, kept))
         self._file = self._path.open("ab", buffering=0)
         self._most_bytes = METRICS_BYTES
         self._complained: set[str] = set()
@@ -60,7 +58,7 @@ class RunLog:
         self._try("TensorBoard's events", lambda: self._write_events(events))
 
     def _append(self, record: dict[str, Any]) -> None:
-        end, line = self._file.seek(0, os.SEEK_END), _line(record)
+        end, line = self._file.seek(0, os.SEEK_END), line_of(record)
         try:
             if self._file.write(line) < len(line):  # a disk that fills up takes a part without a word
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -74,7 +72,7 @@ class RunLog:
     def _thin(self) -> None:
         """Halve the older training records; the next time comes when the file has grown as much again."""
         self._most_bytes *= 2  # where this fails, such as on a disk without room for both files
-        durable.write_chunks(self._path, map(_line, thinned(iterate_metrics(self._path.parent))))
+        durable.write_chunks(self._path, map(line_of, thinned(iterate_metrics(self._path.parent))))
         self._file.close()
         self._file = self._path.open("ab", buffering=0)
         self._most_bytes = max(METRICS_BYTES, 2 * self._path.stat().st_size)
@@ -121,7 +119,7 @@ class PhaseTimer:
     """Seconds that the phases of a step take, summed until `take`; on CUDA measured by events, without waiting."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self.device, self._cuda = device, device.type == "cuda"
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, Any, Any]] = []
 
@@ -163,49 +161,6 @@ def profiler(output: Path, rank: int):
     )
 
 
-def read_metrics(output: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of a run, oldest first, of one kind or of all."""
-    return list(iterate_metrics(output, kind))
-
-
-def iterate_metrics(output: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
-    """The records one by one, of one kind or of all; lines that are cut short or otherwise no records are left out."""
-    path = output / METRICS
-    if not path.is_file():
-        return
-    with path.open("rb") as lines:
-        for line in lines:
-            with contextlib.suppress(ValueError, RecursionError):
-                record = json.loads(line)
-                if _is_record(record) and kind in (None, record["kind"]):
-                    yield record
-
-
-def _is_record(record: Any) -> bool:
-    """Whether it is one that `RunLog` may have written, in what is read of it later."""
-    if not isinstance(record, dict) or type(record.get("step")) is not int or not isinstance(record.get("kind"), str):
-        return False
-    pairs = record.get("per_pair", {})
-    if not isinstance(pairs, dict):
-        return False
-    numbers = [record.get(name, 0) for name in ("loss", "tokens_per_second")] + list(pairs.values())
-    whole = {"loss", "per_pair"} <= record.keys() or record["kind"] != "validation"
-    return whole and all(type(number) in (int, float) for number in numbers)
-
-
-def thinned(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Every second training record, and all others."""
-    keep = False
-    for record in records:
-        keep = keep ^ (record["kind"] == "train")
-        if keep or record["kind"] != "train":
-            yield record
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record) + "\n").encode()
-
-
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for key, value in values.items():
         if isinstance(value, dict):
@@ -218,3 +173,20 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def start_monitor(config: dict[str, Any], output: Path, summary: str):
+    """DeepSpeed's monitor: TensorBoard under `output`/tensorboard, and W&B, Comet or CSV where `config` asks for it.
+
+    `summary` is shown in TensorBoard as a text.
+    """
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    chosen = {name: config[name] for name in MONITORS if name in config}
+    os.environ.setdefault("WANDB_DIR", str(output))  # not the folder that somebody happens to stand in
+    chosen.setdefault("tensorboard", dict(enabled=True, output_path=str(output), job_name="tensorboard"))
+    monitor = MonitorMaster(get_monitor_config(chosen))
+    if writer := getattr(monitor.tb_monitor, "summary_writer", None):
+        writer.add_text("recipe", summary)
+    return monitor

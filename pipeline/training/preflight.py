@@ -16,7 +16,7 @@ from pipeline.data.loader import SampleSet, validation_batches
 from pipeline.encoders.architectures import mixes_neighbours, require_activation_checkpointing
 from pipeline.encoders.models import position_limit, student_config
 from pipeline.encoders.student_init import TAIL_INITS, parse_init
-from pipeline.engine import checkpoint, deepspeed_config
+from pipeline.engine import deepspeed_config, records
 from pipeline.engine.operators import require_async_io
 from pipeline.engine.placement import teacher_fingerprint
 from pipeline.training.build import data_options, student_shape, teacher_settings
@@ -63,22 +63,22 @@ def check(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> Corp
     return corpus
 
 
-def find_checkpoint(recipe: Recipe, corpus: Corpus, resume: str) -> checkpoint.Record | None:
+def find_checkpoint(recipe: Recipe, corpus: Corpus, resume: str) -> records.Record | None:
     """The record of the checkpoint that the run goes on from; None: a fresh start.
 
     One rank asks for all: the others may see a network disk as it was.
 
     Args:
-        resume: "auto", "never" or a step, see `checkpoint.find`.
+        resume: "auto", "never" or a step, see `records.find`.
 
     Raises:
         UserError: the folder is not a run's, no checkpoint is whole, or it belongs to another recipe or corpus.
     """
     check_claimable(Path(recipe.run.output))
     checkpoints = Path(recipe.run.output) / CHECKPOINTS
-    record = checkpoint.find(checkpoints, resume)
+    record = records.find(checkpoints, resume)
     if record is not None:
-        checkpoint.check_belongs(
+        records.check_belongs(
             record,
             recipe=recipe.learned(),
             corpus_fingerprint=corpus.fingerprint,

@@ -15,10 +15,11 @@ from typing import Any
 from data_prep import durable
 from data_prep.errors import UserError, first_line
 from data_prep.shards import Corpus
-from pipeline.config import Recipe, load_recipe, write_recipe
+from pipeline.config import Recipe
 from pipeline.encoders.architectures import without_pooler
 from pipeline.encoders.models import RelationEncoder
-from pipeline.engine import checkpoint
+from pipeline.engine import checkpoint, records
+from pipeline.recipes import load_recipe, write_recipe
 from pipeline.training import run_lock
 
 CHECKPOINTS, MODEL, EXPORT, MARKER, LOCK = "checkpoints", "model", "export", "run.json", "run.lock"
@@ -119,14 +120,14 @@ class FinishedRun:
 
     folder: Path
     recipe: Recipe
-    record: checkpoint.Record
+    record: records.Record
 
     @classmethod
     def open(cls, folder: Path, step: int | None = None) -> "FinishedRun":
         """A run with its newest whole checkpoint, or that of `step`."""
         if not (folder / "recipe.toml").is_file():
             raise UserError(f"{folder} is not the folder of a run: it has no recipe.toml. Give a recipe's run.output.")
-        record = checkpoint.find(folder / CHECKPOINTS, "auto" if step is None else str(step))
+        record = records.find(folder / CHECKPOINTS, "auto" if step is None else str(step))
         if record is None:
             raise UserError(f"the run in {folder} has saved no checkpoint yet")
         return cls(folder=folder, recipe=load_recipe(str(folder / "recipe.toml")), record=record)
@@ -147,7 +148,7 @@ class FinishedRun:
         try:
             config = AutoConfig.from_pretrained(self.folder / MODEL, trust_remote_code=False)
             encoder = RelationEncoder(AutoModel.from_config(config, trust_remote_code=False, **without_pooler(config)))
-            weights = checkpoint.read_weights(self.folder / CHECKPOINTS / checkpoint.tag_of(self.record.step))
+            weights = checkpoint.read_weights(self.folder / CHECKPOINTS / records.tag_of(self.record.step))
             encoder.load_state_dict(weights, strict=True)
         except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
             reason = first_line(error)

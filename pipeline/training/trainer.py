@@ -5,13 +5,10 @@ are seeded anew for every step and rank. So the state of a run is what DeepSpeed
 and a resumed run computes what an unbroken one would have.
 """
 
-import contextlib
 import faulthandler
 import hashlib
-import itertools
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,115 +18,45 @@ import torch.distributed as dist
 from data_prep.shards import Corpus
 from pipeline.config import Recipe
 from pipeline.data.loader import Batch, Loader, validation_batches
-from pipeline.engine import checkpoint, deepspeed_config, placement, ranks
-from pipeline.engine import student as engine
-from pipeline.relations.loss import RelationLoss, layerwise_relation_loss, relation_loss
-from pipeline.training import flops, preflight, run_folder
+from pipeline.engine import checkpoint, deepspeed_config, placement, process_group, ranks, records
+from pipeline.engine.records import Record
+from pipeline.engine.student import (
+    learning_rate_factor,
+    set_learning_rate,
+    spoil_unless_finite,
+    start_student,
+    take_step,
+)
+from pipeline.training import flops, run_folder
 from pipeline.training.build import compared_layers, data_options, fresh_student
-from pipeline.training.monitor import PhaseTimer, RunLog, peak_memory_bytes, profiler
+from pipeline.training.comparison import Comparison
+from pipeline.training.monitor import PhaseTimer, RunLog, peak_memory_bytes, start_monitor
 from pipeline.training.stopping import EXIT_DIVERGED, EXIT_REQUEUE, StopRequest
-
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
-
-
-def distill(
-    recipe: Recipe,
-    ds_config: dict[str, Any],
-    *,
-    resume: str = "auto",
-    stop_at_step: int | None = None,
-    profile: bool = False,
-    compile_layers: bool = False,
-    on_start: Callable[[], None] = lambda: None,
-) -> int:
-    """Run the recipe on this rank and return the exit code.
-
-    Args:
-        recipe: what is learned.
-        ds_config: a DeepSpeed configuration, see `deepspeed_config.read_ds_config`.
-        resume: "auto", "never" or a step, see `checkpoint.find`.
-        stop_at_step: save and leave after this step, as if the job's time were over, but with exit code 0.
-        profile: write a trace of a few steps into the run's folder.
-        compile_layers: run the layers of teacher and student through torch.compile.
-        on_start: called once signals no longer end this process but are answered with a checkpoint.
-
-    Returns:
-        0 when the last step (or `stop_at_step`) is done and saved, EXIT_REQUEUE after a signal, EXIT_DIVERGED when too
-        many steps in a row were not finite.
-    """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    corpus = preflight.check(recipe, ds_config, world_size=world_size)
-    engine.init_distributed()
-    record = ranks.decided_by_rank_0(lambda: preflight.find_checkpoint(recipe, corpus, resume))
-    merged = deepspeed_config.merge(recipe, ds_config, world_size=world_size)
-    with _claimed(Path(recipe.run.output)), contextlib.closing(Distillation(recipe, merged, corpus, record)) as run:
-        if compile_layers:
-            run.compile_layers()
-        on_start()
-        with profiler(run.output, run.rank) if profile else contextlib.nullcontext() as tracer:
-            return run.train(stop_at_step, after_step=tracer.step if tracer else lambda: None)
-
-
-@contextlib.contextmanager
-def _claimed(output: Path) -> Iterator[None]:
-    """The run's folder held by rank 0 for all ranks, which see that it is the same one."""
-    with contextlib.ExitStack() as held:
-
-        def claim() -> str:
-            return held.enter_context(contextlib.closing(run_folder.Claim(output))).run
-
-        run = ranks.decided_by_rank_0(claim)
-        ranks.all_agree(lambda: run_folder.check_shared(output, run))
-        yield
 
 
 class Distillation:
     """One run on this rank: teacher, student engine, loader and log, ready to take steps."""
 
-    def __init__(
-        self, recipe: Recipe, ds_config: dict[str, Any], corpus: Corpus, record: checkpoint.Record | None
-    ) -> None:
-        self.recipe, self.corpus = recipe, corpus
+    def __init__(self, recipe: Recipe, ds_config: dict[str, Any], corpus: Corpus, record: Record | None) -> None:
+        self.recipe, self.corpus, self.options = recipe, corpus, data_options(recipe)
         self.output = Path(recipe.run.output)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.device = engine.device()
+        self.device = process_group.device()
         self.stop = StopRequest()
         self.timer = PhaseTimer(self.device)
         self.micro_batch_samples = ds_config["train_micro_batch_size_per_gpu"]
         self.accumulation_steps = ds_config["gradient_accumulation_steps"]
-        self.options = data_options(recipe)
         self.teacher_fingerprint = ranks.decided_by_rank_0(lambda: placement.teacher_fingerprint(recipe.teacher.model))
         student = fresh_student(recipe)
-        where = placement.choose(
-            recipe.teacher,
-            dtype=deepspeed_config.compute_dtype(ds_config),
-            free_bytes=min(ranks.gathered(placement.free_bytes(engine.ranks_on_this_machine()))),
-            world_size=self.world_size,
-        )
-        self.teacher = placement.start_teacher(recipe.teacher, where, ds_config, compared_layers(recipe)[0])
-        self.step_flops = flops.step_flops(
-            getattr(self.teacher, "module", self.teacher),
-            student,
-            seq_tokens=recipe.data.seq_tokens,
-            global_batch_samples=recipe.optimizer.global_batch_samples,
-            pairs=len(recipe.relations.loss_names()),
-        )
+        self.teacher, where = self._place_teacher(ds_config)
+        self.step_flops = self._count_operations(student)
         if self.rank == 0:
             run_folder.describe(self.output, recipe, ds_config, corpus, student)
-        self.student = engine.start_student(student, recipe.optimizer, ds_config)
-        self.step, self.lr, self.skipped_in_a_row, aside = 0, 0.0, 0, None
-        if record is not None:
-            checkpoints = self.output / run_folder.CHECKPOINTS
-            checkpoint.load(self.student, checkpoints, record)
-            aside = ranks.decided_by_rank_0(lambda: checkpoint.set_aside(checkpoints, record.step))
-            self.step = record.step
-        self.log = RunLog(
-            self.output,
-            engine.start_monitor(ds_config, self.output, recipe.as_text()).write_events,
-            total_steps=recipe.optimizer.steps,
-            first_step=self.step,
-            is_main=self.rank == 0,
-        )
+        self.student = start_student(student, recipe.optimizer, ds_config)
+        self.comparison = Comparison(self.teacher, self.student, recipe.relations, self.timer)
+        self.step, self.lr, self.skipped_in_a_row = 0, 0.0, 0
+        aside = None if record is None else self._go_on_from(record)
+        self.log = self._open_log(ds_config)
         self.log.say(f"teacher: {where.kind} ({where.reason})")
         if aside is not None:
             self.log.say(f"went back to step {self.step}: the checkpoints of later steps are now in {aside}")
@@ -141,6 +68,41 @@ class Distillation:
             rank=self.rank,
             world_size=self.world_size,
             samples_seen=self.samples_seen,
+        )
+
+    def _place_teacher(self, ds_config: dict[str, Any]) -> tuple[torch.nn.Module, placement.Placement]:
+        where = placement.choose(
+            self.recipe.teacher,
+            dtype=deepspeed_config.compute_dtype(ds_config),
+            free_bytes=min(ranks.gathered(placement.free_bytes(process_group.ranks_on_this_machine()))),
+            world_size=self.world_size,
+        )
+        layers, _ = compared_layers(self.recipe)
+        return placement.start_teacher(self.recipe.teacher, where, ds_config, layers), where
+
+    def _count_operations(self, student: torch.nn.Module) -> int:
+        return flops.step_flops(
+            getattr(self.teacher, "module", self.teacher),
+            student,
+            seq_tokens=self.recipe.data.seq_tokens,
+            global_batch_samples=self.recipe.optimizer.global_batch_samples,
+            pairs=len(self.recipe.relations.loss_names()),
+        )
+
+    def _go_on_from(self, record: Record) -> Path | None:
+        """Load a checkpoint; the folder in which those of later steps are now."""
+        checkpoints = self.output / run_folder.CHECKPOINTS
+        checkpoint.load(self.student, checkpoints, record)
+        self.step = record.step
+        return ranks.decided_by_rank_0(lambda: checkpoint.set_aside(checkpoints, record.step))
+
+    def _open_log(self, ds_config: dict[str, Any]) -> RunLog:
+        return RunLog(
+            self.output,
+            start_monitor(ds_config, self.output, self.recipe.as_text()).write_events,
+            total_steps=self.recipe.optimizer.steps,
+            first_step=self.step,
+            is_main=self.rank == 0,
         )
 
     def compile_layers(self) -> None:
@@ -168,7 +130,8 @@ class Distillation:
             if self.step % self.recipe.logging.every_steps == 0 or self.step == end:
                 self._log_step(losses, interval)
                 interval = _Interval(self.step, self.loader.data_wait_seconds)
-            if self._validation_is_due():
+            every = self.recipe.logging.validate_every_steps
+            if self.step == last_step or (every and self.step % every == 0):
                 self.validate()
             stopping = self.stop.agreed(self.device)
             diverged = self.skipped_in_a_row >= self.recipe.checkpoint.stop_after_skipped_steps
@@ -199,8 +162,6 @@ class Distillation:
                 self.log.say("no held-out loss: the corpus has no validation split (minilm prepare --validation 0.01)")
             return
         self.student.eval()
-        names = ["loss", *self.recipe.relations.loss_names()]
-        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.device)
         batches = validation_batches(
             self.corpus,
             self.options,
@@ -209,23 +170,19 @@ class Distillation:
             rank=self.rank,
             world_size=self.world_size,
         )
-        with torch.no_grad():
-            for batch in batches:
-                loss = self._loss(batch)
-                means = torch.stack([loss.total, *loss.per_pair.values(), torch.ones_like(loss.total)])
-                sums += means.double() * batch.input_ids.shape[0]
+        sums = self.comparison.sums(batches)
         self.student.train()
         self.timer.take()
         dist.all_reduce(sums)
         total, *parts = (sums[:-1] / sums[-1]).tolist()
-        values = dict(loss=total, per_pair=dict(zip(names[1:], parts, strict=True)))
+        values = dict(loss=total, per_pair=dict(zip(self.comparison.names[1:], parts, strict=True)))
         self.log.record("validation", self.step, {"samples_seen": self.samples_seen, **values})
         self.log.say(f"held-out loss at step {self.step}: {_loss_text(values)}")
 
     def save(self) -> None:
         """Write a checkpoint of the present step."""
         began = time.perf_counter()
-        record = checkpoint.Record(
+        record = Record(
             step=self.step,
             samples_seen=self.samples_seen,
             world_size=self.world_size,
@@ -245,7 +202,7 @@ class Distillation:
         )
         seconds = time.perf_counter() - began
         self.log.record("checkpoint", self.step, {"seconds": seconds})
-        self.log.say(f"saved {checkpoint.tag_of(self.step)} in {seconds:.1f} s")
+        self.log.say(f"saved {records.tag_of(self.step)} in {seconds:.1f} s")
 
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
@@ -255,21 +212,21 @@ class Distillation:
     def _take_step(self, batches: Iterator[Batch]) -> dict[str, torch.Tensor]:
         """One optimizer step; the loss and its parts, means over this rank's micro-batches, on the device."""
         torch.manual_seed(step_seed(self.recipe.run.seed, self.step, self.rank))
-        names = ["loss", *self.recipe.relations.loss_names()]
+        names = self.comparison.names
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         options = self.recipe.optimizer
-        self.lr = options.peak_lr * engine.learning_rate_factor(self.step, options)
-        engine.set_learning_rate(self.student, self.lr)
+        self.lr = options.peak_lr * learning_rate_factor(self.step, options)
+        set_learning_rate(self.student, self.lr)
         stepped, taken = True, []
         for number in range(self.accumulation_steps):
             taken.append(next(batches))
-            loss = self._loss(taken[-1])
+            loss = self.comparison.loss(taken[-1])
             sums += torch.stack([loss.total.detach(), *loss.per_pair.values()])
             with self.timer.phase("backward"):
                 last = number == self.accumulation_steps - 1
-                self.student.backward(engine.spoil_unless_finite(loss.total, sums) if last else loss.total)
+                self.student.backward(spoil_unless_finite(loss.total, sums) if last else loss.total)
             with self.timer.phase("step"):
-                stepped = engine.take_step(self.student)
+                stepped = take_step(self.student)
         self.step += 1
         self._count_skipped(stepped, taken)
         return dict(zip(names, sums / self.accumulation_steps, strict=True))
@@ -282,46 +239,11 @@ class Distillation:
         samples = dict(first_sample=self.samples_seen - size, last_sample=self.samples_seen - 1)
         self.log.record("skipped", self.step, {"in_a_row": self.skipped_in_a_row, **samples})
         self.log.say(f"step {self.step} skipped: loss or gradient not finite (samples {list(samples.values())})")
-        if self.skipped_in_a_row == 1 and not self._teacher_is_finite(batches):
+        if self.skipped_in_a_row == 1 and not self.comparison.teacher_is_finite(batches):
             self.log.say(
                 f"the teacher's own queries, keys or values of layer {self.recipe.teacher.layer} are not finite: look "
                 f"at the weights of {self.recipe.teacher.model}, or compute in fp32 or bf16 if this is fp16"
             )
-
-    def _teacher_is_finite(self, batches: list[Batch]) -> bool:
-        """Whether the teacher's outputs for a step's micro-batches are finite on all ranks."""
-        bad = torch.zeros((), dtype=torch.bool, device=self.device)
-        for batch in batches:
-            with torch.no_grad():
-                output = self.teacher(**self._inputs(batch))
-            for x in itertools.chain(*([output] if self.recipe.relations.layers is None else output)):
-                # What padding gives is nobody's fault.
-                bad |= ~(x if batch.attention_mask is None else x[batch.attention_mask.to(x.device)]).isfinite().all()
-        return not any(ranks.gathered(bool(bad)))
-
-    def _loss(self, batch: Batch) -> RelationLoss:
-        inputs = self._inputs(batch)
-        with self.timer.phase("teacher"), torch.no_grad():
-            teacher = self.teacher(**inputs)
-        with self.timer.phase("student"):
-            student = self.student(**inputs)
-        relations = self.recipe.relations
-        options = dict(
-            heads=relations.heads,
-            pairs=relations.pairs,
-            mask=inputs["attention_mask"],
-            document_ids=inputs["document_ids"],
-            implementation=relations.implementation,
-        )
-        with self.timer.phase("loss"):
-            if relations.layers is None:
-                return relation_loss(teacher, student, **options)
-            return layerwise_relation_loss(teacher, student, weights=[pair[2] for pair in relations.layers], **options)
-
-    def _inputs(self, batch: Batch) -> dict[str, torch.Tensor | None]:
-        """A micro-batch on the device, as teacher and student take it."""
-        tensors = {name: getattr(batch, name) for name in _MODEL_INPUTS}
-        return {name: t if t is None else t.to(self.device, non_blocking=True) for name, t in tensors.items()}
 
     def _log_step(self, losses: dict[str, torch.Tensor], interval: "_Interval") -> None:
         means = torch.stack(list(losses.values()))
@@ -350,10 +272,6 @@ class Distillation:
             values["model_flops_utilisation"] = values["flops_per_second"] / (peak * self.world_size)
         self.log.record("train", self.step, values)
         self.log.progress(self.step, f"{_loss_text(values)}  lr {self.lr:.1e}  {tokens / seconds:,.0f} tokens/s")
-
-    def _validation_is_due(self) -> bool:
-        every = self.recipe.logging.validate_every_steps
-        return self.step == self.recipe.optimizer.steps or bool(every and self.step % every == 0)
 
 
 class _Interval:

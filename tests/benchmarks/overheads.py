@@ -13,9 +13,8 @@ import tempfile
 import time
 from collections import defaultdict
 
-from pipeline.config import load_recipe
-from pipeline.engine import checkpoint, deepspeed_config
-from pipeline.engine import student as engine
+from pipeline.engine import deepspeed_config, process_group, records
+from pipeline.recipes import load_recipe
 from pipeline.training import preflight, run_folder
 from pipeline.training.trainer import Distillation
 
@@ -48,13 +47,13 @@ def main() -> None:
         usual = load_recipe(options.recipe, options.overrides)
         ds_config = deepspeed_config.read_ds_config(options.ds_config)
         corpus, record = preflight.check(recipe, ds_config, world_size=1), None
-        engine.init_distributed()
+        process_group.init_distributed()
         run = Distillation(recipe, deepspeed_config.merge(recipe, ds_config, world_size=1), corpus, record)
         seconds: dict[str, list[float]] = defaultdict(list)
         for owner, name in ((run, "_take_step"), (run, "_log_step"), (run, "save"), (run.student, "save_checkpoint")):
             timed(owner, name, seconds)
         run.train()
-        newest = checkpoint.read_record(run.output / run_folder.CHECKPOINTS / checkpoint.tag_of(STEPS))
+        newest = records.read_record(run.output / run_folder.CHECKPOINTS / records.tag_of(STEPS))
         run.close()
     step, log, save, written = (
         statistics.median(seconds[name]) for name in ("_take_step", "_log_step", "save", "save_checkpoint")

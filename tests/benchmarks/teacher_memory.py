@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"0.3 B": dict(hidden_size=1024, num_hidden_layers=24), "1.0 B": dict(hidden_size=1792, num_hidden_layers=25)}
 RANK = """
 import gc, json, os, sys, torch, psutil
-from pipeline.engine import student as engine
+from pipeline.engine import process_group
 from pipeline.config import Teacher
 from pipeline.engine.placement import Placement, start_teacher
 kind, model, layer, nvme = sys.argv[1:5]
-engine.init_distributed()
+process_group.init_distributed()
 def private():
     gc.collect()
     torch.distributed.barrier()

@@ -21,11 +21,7 @@ from data_prep.readers import sources
 from data_prep.readers.sources import Source
 from data_prep.shards import Corpus
 from data_prep.work import engines
-
-
-def files_of(folder):
-    """Every file of a corpus and its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+from tests.read import files_of
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.shards import Corpus
-from pipeline.training.monitor import read_metrics
+from pipeline.training.metrics import read_metrics
 from tests.hub import serve
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.training.monitor import read_metrics
+from pipeline.training.metrics import read_metrics
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "distill.sh"
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from pipeline.engine.checkpoint import read_weights
-from pipeline.training.monitor import read_metrics
+from pipeline.training.metrics import read_metrics
+from tests.read import losses_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "distill.sh"
@@ -194,7 +195,3 @@ def test_chaos_of_kills_and_the_same_weights(small_run, distill, tmp_path, port)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert losses_of(job.output) == losses_of(tmp_path / "undisturbed")
     print(f"{kills} kills")
-
-
-def losses_of(folder):
-    return {record["step"]: record["loss"] for record in read_metrics(folder, "train")}

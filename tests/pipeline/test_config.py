@@ -3,9 +3,10 @@ import dataclasses
 import pytest
 
 from data_prep.errors import UserError
-from pipeline import config
-from pipeline.config import Recipe, load_recipe, shipped_recipes, write_recipe
-from pipeline.engine.checkpoint import differences
+from pipeline import recipes
+from pipeline.config import Recipe
+from pipeline.engine.records import differences
+from pipeline.recipes import load_recipe, shipped_recipes, write_recipe
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -55,7 +56,7 @@ def test_bad_values_are_named(override, message):
 
 
 def test_missing_key_and_missing_file_are_named(tmp_path):
-    text = (config.RECIPES / "demo.toml").read_text().replace("layer = 6", "")
+    text = (recipes.RECIPES / "demo.toml").read_text().replace("layer = 6", "")
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(UserError, match="teacher.layer: is missing"):
         load_recipe(str(tmp_path / "mine.toml"))

@@ -9,12 +9,9 @@ import pytest
 from data_prep.errors import UserError
 from data_prep.prepare import PrepareRequest, prepare
 from data_prep.readers.sources import Source
+from tests.read import files_of
 
 pytestmark = pytest.mark.slow
-
-
-def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 
 from data_prep.prepare import PrepareRequest, prepare
 from data_prep.readers.sources import Source
+from tests.read import files_of
 
 ROOT = Path(__file__).resolve().parents[3]
 UNIT_BYTES, SHARD_BYTES = 30_000, 150_000
@@ -33,10 +34,6 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"user error: {error}")
 """
-
-
-def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pipeline.config import load_recipe
-from pipeline.engine import student as engine
-from pipeline.training.trainer import distill
+from pipeline.engine import process_group
+from pipeline.recipes import load_recipe
+from pipeline.training.job import distill
 
 
 def main(folder: Path, jobs: str) -> None:
-    engine.init_distributed()
+    process_group.init_distributed()
     codes = {}
     for job in json.loads((folder / jobs).read_text()):
         output = folder / job["run"]
@@ -33,7 +33,7 @@ def main(folder: Path, jobs: str) -> None:
         dist.barrier()
     if dist.get_rank() == 0:
         (folder / f"codes-{jobs}").write_text(json.dumps(codes))
-    engine.leave_process_group()
+    process_group.leave_process_group()
 
 
 if __name__ == "__main__":

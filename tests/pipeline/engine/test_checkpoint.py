@@ -7,7 +7,7 @@ import torch
 
 from data_prep import durable
 from data_prep.errors import UserError
-from pipeline.engine import checkpoint, zero_files
+from pipeline.engine import checkpoint, records, zero_files
 
 
 @pytest.fixture
@@ -17,8 +17,8 @@ def checkpoints(runs, tmp_path):
 
 
 def test_auto_takes_the_newest_whole_one(checkpoints):
-    assert checkpoint.find(checkpoints, "auto").step == 6
-    assert checkpoint.find(checkpoints, "3").step == 3
+    assert records.find(checkpoints, "auto").step == 6
+    assert records.find(checkpoints, "3").step == 3
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "no record", "broken record"])
@@ -30,14 +30,14 @@ def test_a_torn_one_is_named_and_passed_over(checkpoints, damage):
     elif damage == "missing":
         file.unlink()
     elif damage == "no record":
-        (torn / checkpoint.RECORD).unlink()
+        (torn / records.RECORD).unlink()
     else:
-        (torn / checkpoint.RECORD).write_text("{")
+        (torn / records.RECORD).write_text("{")
     lines = []
-    assert checkpoint.find(checkpoints, "auto", log=lines.append).step == 3
+    assert records.find(checkpoints, "auto", log=lines.append).step == 3
     assert len(lines) == 1 and "step-00000006" in lines[0]
     with pytest.raises(UserError, match="cannot resume from step 6"):
-        checkpoint.find(checkpoints, "6")
+        records.find(checkpoints, "6")
 
 
 def test_a_flipped_bit_is_found_by_checksum(checkpoints):
@@ -45,8 +45,8 @@ def test_a_flipped_bit_is_found_by_checksum(checkpoints):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert checkpoint.why_torn(file.parent) is None
-    assert "differs from its checksum" in checkpoint.why_torn(file.parent, checksums=True)
+    assert records.why_torn(file.parent) is None
+    assert "differs from its checksum" in records.why_torn(file.parent, checksums=True)
     with pytest.raises(UserError, match="is damaged: .*optim_states.pt differs from its checksum"):
         checkpoint.read_weights(file.parent)
 
@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(runs, distill, tmp_path):
     process = distill(run, "--resume=3", expect=2)
     assert f"{file.name} differs from its checksum" in process.stderr and "rank 1" in process.stderr
     assert "Traceback" not in process.stderr
-    assert checkpoint.find(run / "checkpoints", "auto").step == 6  # nothing was set aside
+    assert records.find(run / "checkpoints", "auto").step == 6  # nothing was set aside
 
 
 class Stranger:
@@ -80,10 +80,10 @@ def test_a_strangers_pickle_is_refused_and_not_run(kind, checkpoints, tmp_path):
     folder = checkpoints / "step-00000006"
     for file in folder.glob(f"*{kind}.pt"):
         file.write_bytes(pickle_in_torchs_way({"module": {}, "optimizer_state_dict": Stranger(tmp_path / "ran")}))
-    record = json.loads((folder / checkpoint.RECORD).read_text())
+    record = json.loads((folder / records.RECORD).read_text())
     for name, facts in record["files"].items():  # as an attacker would, with checksums that are right
         facts |= {"bytes": (folder / name).stat().st_size, "sha256": durable.sha256(folder / name)}
-    (folder / checkpoint.RECORD).write_text(json.dumps(record))
+    (folder / records.RECORD).write_text(json.dumps(record))
     with pytest.raises(UserError, match="cannot be read as a checkpoint"):
         checkpoint.read_weights(folder)
     assert not (tmp_path / "ran").exists()
@@ -113,7 +113,7 @@ def test_files_of_ranks_that_do_not_add_up_are_refused(checkpoints):
 def test_torn_ones_go_when_a_newer_one_is_whole(checkpoints):
     torn = checkpoints / "step-00000004"
     shutil.copytree(checkpoints / "step-00000003", torn)
-    (torn / checkpoint.RECORD).unlink()
+    (torn / records.RECORD).unlink()
     later = shutil.copytree(torn, checkpoints / "step-00000009")
     checkpoint.remove_old(checkpoints, keep_last=1, keep_every_steps=3)
     assert not torn.exists() and later.exists()
@@ -122,11 +122,11 @@ def test_torn_ones_go_when_a_newer_one_is_whole(checkpoints):
 
 def test_a_file_that_rank_0_does_not_see_is_no_part_of_a_whole_checkpoint(checkpoints):
     folder = checkpoints / "step-00000006"
-    files = checkpoint.read_record(folder).files
-    checkpoint.check_all_seen(folder, files)
+    files = records.read_record(folder).files
+    records.check_all_seen(folder, files)
     next(folder.glob("zero_pp_rank_1*")).rename(checkpoints / "elsewhere")
     with pytest.raises(UserError, match="zero_pp_rank_1.* is missing. run.output must be one folder"):
-        checkpoint.check_all_seen(folder, files)
+        records.check_all_seen(folder, files)
 
 
 def test_no_program_is_left_beside_the_checkpoints(checkpoints):
@@ -134,36 +134,36 @@ def test_no_program_is_left_beside_the_checkpoints(checkpoints):
 
 
 def test_no_whole_checkpoint_is_an_error_not_a_fresh_start(checkpoints):
-    for record in checkpoints.glob(f"*/{checkpoint.RECORD}"):
+    for record in checkpoints.glob(f"*/{records.RECORD}"):
         record.unlink()
     with pytest.raises(UserError, match="no checkpoint in .* is whole"):
-        checkpoint.find(checkpoints, "auto", log=lambda line: None)
+        records.find(checkpoints, "auto", log=lambda line: None)
 
 
 def test_fresh_starts(checkpoints, tmp_path):
-    assert checkpoint.find(tmp_path / "nothing", "auto") is None
-    assert checkpoint.find(tmp_path / "nothing", "never") is None
+    assert records.find(tmp_path / "nothing", "auto") is None
+    assert records.find(tmp_path / "nothing", "never") is None
     with pytest.raises(UserError, match="would write over it"):
-        checkpoint.find(checkpoints, "never")
+        records.find(checkpoints, "never")
     with pytest.raises(UserError, match="cannot resume from step 5"):
-        checkpoint.find(checkpoints, "5")
+        records.find(checkpoints, "5")
     with pytest.raises(UserError, match="auto, never or a step"):
-        checkpoint.find(checkpoints, "newest")
+        records.find(checkpoints, "newest")
 
 
 def test_foreign_corpus_is_refused(checkpoints):
-    record = checkpoint.find(checkpoints, "auto")
+    record = records.find(checkpoints, "auto")
     same = dict(recipe=record.recipe, corpus_fingerprint=record.corpus_fingerprint, folder=checkpoints)
     same |= dict(teacher_fingerprint=record.teacher_fingerprint)
-    checkpoint.check_belongs(record, **same)
+    records.check_belongs(record, **same)
     with pytest.raises(UserError, match="another corpus"):
-        checkpoint.check_belongs(record, **{**same, "corpus_fingerprint": "0" * 64})
+        records.check_belongs(record, **{**same, "corpus_fingerprint": "0" * 64})
     with pytest.raises(UserError, match="learned from another teacher"):
-        checkpoint.check_belongs(record, **{**same, "teacher_fingerprint": "0" * 64})
+        records.check_belongs(record, **{**same, "teacher_fingerprint": "0" * 64})
     with pytest.raises(UserError, match="optimizer.steps: 7 here, 6 there"):
         other = json.loads(json.dumps(record.recipe))
         other["optimizer"]["steps"] = 7
-        checkpoint.check_belongs(record, **{**same, "recipe": other})
+        records.check_belongs(record, **{**same, "recipe": other})
 
 
 def test_weights_are_read_whole_without_a_process_group(checkpoints):

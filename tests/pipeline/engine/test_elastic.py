@@ -16,8 +16,9 @@ from pipeline.engine.elastic import empty_state
 from pipeline.engine.operators import import_deepspeed
 from pipeline.results import report
 from pipeline.results.export import export, load_exported
-from pipeline.training.monitor import read_metrics
+from pipeline.training.metrics import read_metrics
 from pipeline.training.run_folder import FinishedRun
+from tests.read import losses_of
 
 NO_DROPOUT = "student.dropout=0.0"  # its masks belong to a rank, so another number of ranks draws others
 
@@ -28,10 +29,6 @@ def ds_config(folder, stage, offload=None, **sections):
     zero = {"stage": stage, **{f"offload_{what}": where for what, where in (offload or {}).items()}}
     durable.write(path, json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero, **sections}))
     return f"--ds-config={path}"
-
-
-def losses(folder):
-    return {record["step"]: record["loss"] for record in read_metrics(folder, "train")}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +72,7 @@ def test_a_loss_scale_that_overflows_is_resumed_bit_for_bit(distill, tmp_path):
     shutil.copytree(tmp_path / "unbroken", tmp_path / "resumed")
     process = distill(tmp_path / "resumed", *arguments, "--resume=3")
     assert "resumed from step 3" in process.stdout
-    assert losses(tmp_path / "unbroken") == losses(tmp_path / "resumed")
+    assert losses_of(tmp_path / "unbroken") == losses_of(tmp_path / "resumed")
     assert 0 < len(read_metrics(tmp_path / "resumed", "skipped")) < 5
     ours, theirs = (read_weights(tmp_path / name / "checkpoints" / "step-00000006") for name in ("unbroken", "resumed"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -118,7 +115,7 @@ def _can_be_inspected_and_exported(run):
 
 
 def _same_curve(run, unbroken):
-    assert losses(run) == pytest.approx(losses(unbroken), rel=1e-5)
+    assert losses_of(run) == pytest.approx(losses_of(unbroken), rel=1e-5)
     ours, theirs = (read_weights(folder / "checkpoints" / "step-00000006") for folder in (run, unbroken))
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
@@ -129,7 +126,7 @@ def _same_curve(run, unbroken):
 def test_activation_checkpointing_changes_no_number(distill, tmp_path):
     for name, extra in (("kept", {}), ("again", {"activation_checkpointing": {}})):
         distill(tmp_path / name, ds_config(tmp_path, 2, **extra), NO_DROPOUT, ranks=1)
-    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "kept"), rel=1e-5)
+    assert losses_of(tmp_path / "again") == pytest.approx(losses_of(tmp_path / "kept"), rel=1e-5)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -19,10 +19,10 @@ RANKS = textwrap.dedent(
     """
     import json, sys, torch
     from pathlib import Path
-    from pipeline.engine import student as engine
+    from pipeline.engine import process_group
     from pipeline.config import Teacher
     from pipeline.engine.placement import Placement, start_teacher
-    engine.init_distributed()
+    process_group.init_distributed()
     rank = torch.distributed.get_rank()
     results = {}
     for case in json.loads(Path(sys.argv[1]).read_text()):
@@ -46,7 +46,7 @@ RANKS = textwrap.dedent(
         parted.destroy()
     if rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
-    engine.leave_process_group()
+    process_group.leave_process_group()
     """
 )
 PRECISIONS = ("fp32", "bf16")

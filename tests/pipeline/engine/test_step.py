@@ -6,15 +6,16 @@ import subprocess
 import sys
 import textwrap
 
-from pipeline.training.monitor import read_metrics
+from pipeline.training.metrics import read_metrics
 
 CASES = ("fine", "loss", "gradient", "first micro-batch", "one rank", "fine")
 RANK = textwrap.dedent(
     """
     import json, sys, torch
-    from pipeline.engine import student as engine
-    from pipeline.config import load_recipe
-    engine.init_distributed()
+    from pipeline.engine import process_group
+    from pipeline.engine.student import set_learning_rate, spoil_unless_finite, start_student, take_step
+    from pipeline.recipes import load_recipe
+    process_group.init_distributed()
     rank, options = torch.distributed.get_rank(), load_recipe("demo").optimizer
     nan = float("nan")
     for stage in (0, 1, 2, 3):
@@ -30,7 +31,7 @@ RANK = textwrap.dedent(
             }
             config |= {"bf16": {"enabled": True}} if "bf16" in precision else {}
             config |= {"data_types": {"grad_accum_dtype": "fp32"}} if "summed" in precision else {}
-            student = engine.start_student(model, options, config)
+            student = start_student(model, options, config)
             dtype = next(student.module.parameters()).dtype
             data = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
 
@@ -47,11 +48,11 @@ RANK = textwrap.dedent(
                     bad |= case == "first micro-batch" and micro == 0 and rank == 0
                     loss = out.square().mean() * (nan if bad else 1.0)
                     losses += loss.detach()
-                    student.backward(engine.spoil_unless_finite(loss, losses) if micro == 1 else loss)
-                    stepped = engine.take_step(student)
+                    student.backward(spoil_unless_finite(loss, losses) if micro == 1 else loss)
+                    stepped = take_step(student)
                 return stepped
 
-            engine.set_learning_rate(student, 1e-2)
+            set_learning_rate(student, 1e-2)
             before, stepped, changed = weights(), [], []
             for case in json.loads(sys.argv[1]):
                 stepped.append(step(case))
@@ -63,7 +64,7 @@ RANK = textwrap.dedent(
             torch.distributed.all_gather_object(found, result)
             if rank == 0:
                 print("RESULT " + json.dumps(found), flush=True)
-    engine.leave_process_group()
+    process_group.leave_process_group()
     """
 )
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from pipeline.config import load_recipe, shipped_recipes
 from pipeline.engine import deepspeed_config
-from pipeline.engine import student as engine
 from pipeline.engine.operators import import_deepspeed
+from pipeline.engine.student import learning_rate_factor, parameter_groups
+from pipeline.recipes import load_recipe, shipped_recipes
 
 
 @pytest.mark.parametrize("recipe", shipped_recipes())
@@ -71,7 +71,7 @@ def test_bad_ds_configs_are_named(tmp_path):
 def test_learning_rate_rises_then_falls_to_zero(schedule):
     overrides = [f"optimizer.schedule={schedule}", "optimizer.steps=100", "optimizer.warmup_steps=10"]
     options = load_recipe("demo", overrides).optimizer
-    factors = [engine.learning_rate_factor(step, options) for step in range(101)]
+    factors = [learning_rate_factor(step, options) for step in range(101)]
     assert all(a < b for a, b in zip(factors[:10], factors[1:11], strict=True))
     assert factors[10] == 1.0 and max(factors) == 1.0
     assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
@@ -81,6 +81,6 @@ def test_learning_rate_rises_then_falls_to_zero(schedule):
 def test_norms_biases_and_frozen_weights_do_not_decay():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4))
     model[2].requires_grad_(False)
-    decaying, others = engine.parameter_groups(model, 0.01)
+    decaying, others = parameter_groups(model, 0.01)
     assert [p.shape for p in decaying["params"]] == [(4, 4)] and decaying["weight_decay"] == 0.01
     assert len(others["params"]) == 3 and others["weight_decay"] == 0.0

@@ -14,17 +14,18 @@ from pipeline.relations import kernel as relation_kernel
 from pipeline.relations.kernel import blocks_for, tile_bytes
 from pipeline.relations.loss import PAIRS, relation_loss
 from pipeline.relations.qkv import QKV
+from tests import toy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random_qkv(rows, positions, hidden, dtype, **options) -> QKV:
+    return toy.random_qkv(rows, positions, hidden, dtype=dtype, device=DEVICE, **options)
+
+
 # Largest error of the total (relative) and of a gradient (relative to the largest one). The kernel sums in fp32, but
 # rounds probabilities to the inputs' type before they meet the keys.
 TOLERANCE = {torch.float32: (1e-5, 2e-5), torch.float16: (1e-5, 3e-3), torch.bfloat16: (1e-5, 2e-2)}
-
-
-def random_qkv(rows, positions, hidden, dtype, *, seed=0, scale=1.0) -> QKV:
-    generator = torch.Generator().manual_seed(seed)
-    made = (scale * torch.randn(rows, positions, hidden, generator=generator) for _ in range(3))
-    return QKV(*(x.to(dtype).to(DEVICE) for x in made))
 
 
 def compare(teacher: QKV, student: QKV, tolerance: tuple[float, float], **options) -> None:

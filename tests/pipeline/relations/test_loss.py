@@ -9,17 +9,12 @@ import torch
 from data_prep.errors import UserError
 from pipeline.relations.loss import PAIRS, relation_loss
 from pipeline.relations.qkv import QKV
+from tests.toy import random_qkv
 
 IMPLEMENTATIONS = ["chunked"]
 ALL_PAIRS = {pair: 0.5 + 0.25 * i for i, pair in enumerate(PAIRS)}
 # Largest difference from the fp64 reference, relative to the largest value or gradient.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-
-def random_qkv(rows, positions, hidden, *, scale=1.0, dtype=torch.float64, seed=0, requires_grad=False) -> QKV:
-    generator = torch.Generator().manual_seed(seed)
-    made = (scale * torch.randn(rows, positions, hidden, generator=generator, dtype=torch.float64) for _ in range(3))
-    return QKV(*(x.to(dtype).requires_grad_(requires_grad) for x in made))
 
 
 def evaluate(teacher, student, **options):

@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoTokenizer
 from data_prep.errors import UserError
 from pipeline.results import export as exporter
 from pipeline.results.export import MARKER, export
-from pipeline.training.monitor import read_metrics
+from pipeline.training.metrics import read_metrics
 from pipeline.training.run_folder import FinishedRun
 
 

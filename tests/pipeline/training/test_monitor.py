@@ -2,7 +2,8 @@ import json
 import textwrap
 
 from pipeline.training import monitor
-from pipeline.training.monitor import RunLog, read_metrics
+from pipeline.training.metrics import read_metrics
+from pipeline.training.monitor import RunLog
 
 
 def log(folder, first_step=0, events=None):
@@ -87,7 +88,8 @@ FILL = textwrap.dedent(
     """
     import os, sys
     from pathlib import Path
-    from pipeline.training.monitor import RunLog, read_metrics
+    from pipeline.training.monitor import RunLog
+    from pipeline.training.metrics import read_metrics
     folder = Path(sys.argv[1])
     (folder / "ballast").write_bytes(bytes(60_000))
     log = RunLog(folder, [].extend, total_steps=10, first_step=0, is_main=True)

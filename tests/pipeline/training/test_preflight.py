@@ -1,8 +1,8 @@
 import pytest
 
 from data_prep.errors import UserError
-from pipeline.config import load_recipe
 from pipeline.engine.deepspeed_config import read_ds_config
+from pipeline.recipes import load_recipe
 from pipeline.training.preflight import check, check_against_teacher
 
 

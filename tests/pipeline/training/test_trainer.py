@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.engine.checkpoint import read_weights
-from pipeline.training.monitor import read_metrics
+from pipeline.training.metrics import read_metrics
 from pipeline.training.trainer import step_seed
 
 
