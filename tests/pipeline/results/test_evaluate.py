@@ -10,17 +10,18 @@ from pipeline.results.export import export
 from pipeline.training.run_folder import FinishedRun
 
 
-def test_scores_of_a_real_run(runs, samples):
-    scores = evaluate(FinishedRun.open(runs.resumed), probe=samples.leads("en"), texts=120)
+def test_scores_of_a_real_run(runs, samples, tmp_path):
+    run = shutil.copytree(runs.resumed, tmp_path / "run")
+    scores = evaluate(FinishedRun.open(run), probe=samples.leads("en"), texts=120)
     accuracy = scores.probe_accuracy
     assert set(accuracy) == {"teacher", "student", "untrained"}
     assert accuracy["teacher"] > accuracy["untrained"] and accuracy["teacher"] > scores.probe_majority
     assert scores.held_out.keys() == {"qq", "kk", "vv"}
     assert scores.parameters["student"] == scores.parameters["untrained"] < scores.parameters["teacher"]
     assert all(speed > 0 for speed in scores.forward_tokens_per_second.values())
-    written = json.loads((runs.resumed / "export" / "scores.json").read_text())
+    written = json.loads((run / "export" / "scores.json").read_text())
     assert written["probe_accuracy"] == accuracy
-    card = (runs.resumed / "export" / "README.md").read_text()
+    card = (run / "export" / "README.md").read_text()
     assert f"linear probe accuracy, student | {accuracy['student']:.1%}" in card
 
 
