@@ -6,6 +6,7 @@ import socket
 import sys
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -167,13 +168,21 @@ def distill_rank() -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             words += f" [rank {os.environ.get('RANK')} on {socket.gethostname()}]"
         status.say_once(f"distill: error: {words}")
-        code = EXIT_USER_ERROR
+        _leave_at_once(status)
     except Exception:
         if not status.somebody_has_said_why:  # else this rank has only lost the one that ended
             raise
-        code = EXIT_USER_ERROR
+        _leave_at_once(status)
     status.write(code)
     sys.exit(code)
+
+
+def _leave_at_once(status) -> NoReturn:
+    """End a rank for a mistake. The threads of a process group that has lost a rank would abort an orderly end."""
+    status.write(EXIT_USER_ERROR)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_USER_ERROR)
 
 
 @minilm.command()

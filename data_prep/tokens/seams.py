@@ -64,14 +64,14 @@ def _splits_at_whitespace(settings: dict) -> bool:
         part["type"] in ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")
         or (part["type"] == "Metaspace" and part.get("split", True))
         or (part["type"] == "ByteLevel" and part.get("use_regex", True))
-        for part in _parts(settings, "pre_tokenizer")[:1]
+        for part in parts_of(settings, "pre_tokenizer")[:1]
     )
     across_words = any(_SPACE_AT_WORD.search(token["content"]) for token in settings.get("added_tokens", ()))
-    local = {part["type"] for part in _parts(settings, "normalizer")} <= _LOCAL_NORMALIZERS
+    local = {part["type"] for part in parts_of(settings, "normalizer")} <= _LOCAL_NORMALIZERS
     return splits and local and not across_words
 
 
-def _parts(settings: dict, name: str) -> list[dict]:
+def parts_of(settings: dict, name: str) -> list[dict]:
     """The normalizers or pre-tokenizers of a tokenizer.json, a sequence taken apart."""
     part = settings.get(name)
     if not part:

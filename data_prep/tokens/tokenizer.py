@@ -4,9 +4,10 @@ A tokenizer file often carries truncation and padding for its own model's use; b
 whole documents and cuts its own windows. The fingerprint is taken after that, so that it names what decides the ids.
 
 The reference is `tokenizers`, the library that runs the teacher's own file. Most documents are encoded by `tokie`, many
-times faster, where `guard` knows that the ids are the same. Of the documents encoded so, a sample is encoded by both; a
-difference stops the run and names the document. A tokenizer that tokie cannot read, or reads otherwise on a few lines
-in many scripts, is left to the reference.
+times faster, where `guard` knows that the ids are the same. Of the documents encoded so, a sample is encoded by both;
+where they differ, all of that piece of work is encoded by the reference. To the reference alone is left a tokenizer
+that tokie cannot read, that cuts text into words in a way not known here, or for which tokie gives other ids for a few
+lines in many scripts or for any sequence of three characters that matter.
 
 Documents too long to be encoded in little memory are cut at seams: a single space or newline between two letters or
 digits, where both halves encode as they would in one piece. This is tried for the tokenizer at hand before it is used.
@@ -29,8 +30,8 @@ import numpy as np
 from data_prep import durable
 from data_prep.errors import UserError
 from data_prep.tokens import tokenizer_files
-from data_prep.tokens.guard import SEPARATOR, Guard
-from data_prep.tokens.seams import Seams, find_seams
+from data_prep.tokens.guard import SEPARATOR, Guard, Spaces
+from data_prep.tokens.seams import Seams, find_seams, parts_of
 
 PIECE_CHARACTERS = 1 << 16
 PIECES_AT_A_TIME = 64  # bounds the encoders' memory
@@ -45,6 +46,14 @@ _PROBES = (
 )
 
 
+# Ways of cutting text into words for which the guard is known to be right.
+_KNOWN_CUTS = frozenset(("BertPreTokenizer", "Metaspace", "Whitespace", "WhitespaceSplit", "ByteLevel"))
+
+
+class Disagreement(Exception):
+    """The two encoders gave a text different ids; the message begins as the text does."""
+
+
 class Encoder:
     """Texts to token ids. Knows no names of special tokens, loads in a moment, and is what workers use.
 
@@ -52,14 +61,15 @@ class Encoder:
         versions: the libraries that make the ids, for the manifest; "fast" is "" when tokie cannot be used.
     """
 
-    def __init__(self, reference, fast, added_tokens: Sequence[str], seams: Seams | None):
+    def __init__(self, reference, fast, added_tokens: Sequence[str], seams: Seams | None, mind_spaces: bool = False):
         """Args:
         reference: a `tokenizers.Tokenizer` without truncation and padding.
         fast: the `tokie.Tokenizer` of the same file, or None.
         added_tokens: as they are spelled in text.
         seams: how long texts may be cut; None if the tokenizer must see them whole.
+        mind_spaces: words are cut as in byte-level BPE, see `guard.Spaces`.
         """
-        self._reference, self._fast, self._seams = reference, fast, seams
+        self._reference, self._fast, self._seams, self._mind_spaces = reference, fast, seams, mind_spaces
         self._added_tokens = tuple(added_tokens)
         if self._fast is not None and not self._agree([probe.encode() for probe in _PROBES]):
             self._fast = None
@@ -67,7 +77,8 @@ class Encoder:
             "reference": f"tokenizers {importlib.metadata.version('tokenizers')}",
             "fast": f"tokie {importlib.metadata.version('tokie')}" if self._fast is not None else "",
         }
-        self._guard = self._fast and Guard(self._encode_fast, self._encode_by_reference, self._added_tokens)
+        spaces = Spaces(lambda token: reference.token_to_id(token) is not None) if mind_spaces else None
+        self._guard = self._fast and Guard(self._encode_fast, self._encode_by_reference, self._added_tokens, spaces)
 
     @classmethod
     def of(cls, reference, canonical: str, mode: str = "auto") -> "Encoder":
@@ -80,8 +91,13 @@ class Encoder:
         added = [token["content"] for token in settings.get("added_tokens", ())]
         settings.pop("model")  # a large vocabulary: tens of megabytes as Python objects
         plain = cls(reference, None, added, None)
-        fast = _read_fast(canonical) if mode == "auto" else None
-        return cls(reference, fast, added, find_seams(settings, lambda texts: plain.encode_flat(texts)[0]))
+        seams = find_seams(settings, lambda texts: plain.encode_flat(texts)[0])
+        cuts = {part["type"] for part in parts_of(settings, "pre_tokenizer")}
+        fast = _read_fast(canonical) if mode == "auto" and cuts <= _KNOWN_CUTS else None
+        encoder = cls(reference, fast, added, seams, mind_spaces="ByteLevel" in cuts)
+        if encoder._guard and encoder._guard.disagreements(3):
+            return cls(reference, None, added, seams)
+        return encoder
 
     @classmethod
     def load(cls, folder: str | Path) -> "Encoder":
@@ -96,7 +112,8 @@ class Encoder:
 
             fast = tokie.Tokenizer.from_file(str(folder / "fast.tkz"))
         seams = Seams(**settings["seams"]) if settings["seams"] else None
-        return cls(Backend.from_file(str(folder / "tokenizer.json")), fast, settings["added_tokens"], seams)
+        backend = Backend.from_file(str(folder / "tokenizer.json"))
+        return cls(backend, fast, settings["added_tokens"], seams, settings["mind_spaces"])
 
     def save(self, folder: Path) -> None:
         """Writes what other processes need to encode alike."""
@@ -107,12 +124,17 @@ class Encoder:
             "is_fast": self._fast is not None,
             "added_tokens": self._added_tokens,
             "seams": self._seams and asdict(self._seams),
+            "mind_spaces": self._mind_spaces,
         }
         durable.write(folder / "encoder.json", json.dumps(settings))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
         return self._reference.decode([int(number) for number in ids], skip_special_tokens=True)
+
+    def by_reference(self) -> "Encoder":
+        """One that does without the fast encoder."""
+        return Encoder(self._reference, None, self._added_tokens, self._seams)
 
     def encode_flat(self, texts: Sequence[str], counts: Counter | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of all texts one after another, and the number of tokens of each text.
@@ -122,7 +144,7 @@ class Encoder:
             counts: incremented by what was encoded which way.
 
         Raises:
-            UserError: a sampled document is encoded differently by the two encoders.
+            Disagreement: a sampled document is encoded differently by the two encoders.
         """
         counts = Counter() if counts is None else counts
         encoded = [] if texts else [self._encode_pieces([], counts)]
@@ -205,11 +227,7 @@ class Encoder:
         for number in numbers:
             expected, _ = self._encode_by_reference([texts[number]])
             if not np.array_equal(ids[ends[number] - lengths[number] : ends[number]], expected):
-                raise UserError(
-                    f"the fast encoder ({self.versions['fast']}) and the teacher's tokenizer disagree on a document "
-                    f"that begins {texts[number].decode()[:60]!r}. Delete what was made so far and run with "
-                    "--encoder reference."
-                )
+                raise Disagreement(texts[number].decode()[:60])
         counts["encoded_twice"] += len(numbers)
 
 

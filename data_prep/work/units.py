@@ -13,7 +13,7 @@ from data_prep.errors import UserError
 from data_prep.readers import sources
 from data_prep.readers.formats import BadRecord, Block
 from data_prep.readers.sources import Unit
-from data_prep.tokens.tokenizer import Encoder
+from data_prep.tokens.tokenizer import Disagreement, Encoder
 from data_prep.work.parts import SPLITS, Part
 
 BATCH_CHARACTERS = 4 << 20
@@ -57,6 +57,19 @@ def encode_unit(unit: Unit, block_number: int, block: Block | None, options: Uni
         OSError: an unreadable file or a full disk.
     """
     encoder = _encoder(options.encoder_folder)
+    try:
+        tokens, lengths, record = _encode(encoder, unit, block, options)
+    except Disagreement:  # about one document, but who knows about which others
+        tokens, lengths, record = _encode(encoder.by_reference(), unit, block, options)
+        record["disagreements"] = 1
+    part_of(unit, block_number, options.work_folder).write(tokens, lengths, record)
+    return {**record, "input_bytes": block.input_bytes if block else unit.input_bytes}
+
+
+def _encode(
+    encoder: Encoder, unit: Unit, block: Block | None, options: UnitOptions
+) -> tuple[dict[str, list[np.ndarray]], np.ndarray, dict[str, int]]:
+    """Tokens by split, signed lengths of all documents (negative: held out), and what was counted."""
     counts: Counter[str] = Counter()
     tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     signed_lengths: list[np.ndarray] = []
@@ -78,10 +91,7 @@ def encode_unit(unit: Unit, block_number: int, block: Block | None, options: Uni
         counts["dropped_short"] += int((lengths < max(1, options.min_tokens)).sum())
         if counts["documents"] == options.limit_documents:
             break
-    lengths = np.concatenate(signed_lengths) if signed_lengths else np.zeros(0, dtype=np.int32)
-    record = dict(counts)
-    part_of(unit, block_number, options.work_folder).write(tokens, lengths, record)
-    return {**record, "input_bytes": block.input_bytes if block else unit.input_bytes}
+    return tokens, np.concatenate(signed_lengths) if signed_lengths else np.zeros(0, dtype=np.int32), dict(counts)
 
 
 @functools.lru_cache(maxsize=2)

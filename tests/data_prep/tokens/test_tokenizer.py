@@ -1,18 +1,23 @@
 """Token ids are those of the teacher's own tokenizer, however they are made."""
 
+import json
 import random
 import sys
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from data_prep.errors import UserError
-from data_prep.tokens.tokenizer import PIECE_CHARACTERS, Encoder, Tokenizer
+from data_prep.prepare import PrepareRequest, prepare
+from data_prep.readers.sources import Source
+from data_prep.tokens.tokenizer import PIECE_CHARACTERS, Disagreement, Encoder, Tokenizer
 from data_prep.tokens.tokenizer_files import fingerprint_of
-
-FAMILIES = ("wordpiece", "byte_level", "unigram")
+from tests.data_prep.tokens.exact import assert_exact
+from tests.read import files_of
 
 SCRIPTS = (
     "The quick brown fox jumps over the lazy dog; it's 3.14159 miles, isn't it? E-mail: a.b@example.org",
@@ -31,34 +36,6 @@ SCRIPTS = (
     "\U0001f9d1\u200d\U0001f680 ½ ﬁ Ⅳ ™ ﷺ \ufffd soft\u00adhyphen zero\u200bwidth no\u00a0break",
     "Z\u0351\u036b\u0343a\u0363\u0306l\u0302g\u0311 combining, e\u0301 e\u0323\u0302, A\u030a, \u212b, \u03d2\u0301",
 )
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def teacher(request, samples):
-    folders = {"wordpiece": lambda: samples.teacher}
-    get = folders.get(request.param) or (lambda: request.getfixturevalue(f"{request.param}_teacher"))
-    return get()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(teacher):
-    return Tokenizer.load(teacher)
-
-
-@pytest.fixture(scope="module")
-def own(teacher):
-    """The teacher's tokenizer as transformers gives it."""
-    return AutoTokenizer.from_pretrained(teacher)
-
-
-def assert_exact(tokenizer, own, texts):
-    expected = own(list(texts), add_special_tokens=False)["input_ids"]
-    actual = tokenizer.encode_batch(texts)
-    assert all(array.dtype == np.int32 for array in actual)
-    differing = [
-        text[:80] for text, ids, wanted in zip(texts, actual, expected, strict=True) if ids.tolist() != list(wanted)
-    ]
-    assert not differing
 
 
 def test_the_fast_encoder_is_in_use(tokenizer):
@@ -129,18 +106,43 @@ def test_documents_with_doubtful_code_points_go_to_the_reference(samples):
     assert (counts["fast_encoded"], counts["reference_encoded"]) == (1, 1)
 
 
-def test_a_difference_in_the_sample_stops(samples):
+class Wrong:
+    """A fast encoder whose ids are wrong once a text holds the word."""
+
+    def __init__(self, right, word: bytes):
+        self.right, self.word = right, word
+
+    def encode_files(self, paths, **options):
+        ids, bounds = self.right.encode_files(paths, **options)
+        return ids + (self.word in Path(paths[0]).read_bytes()), bounds
+
+
+def test_a_difference_in_the_sample_is_noticed(samples):
     encoder = Tokenizer.load(samples.teacher).encoder
-    right = encoder._fast
-
-    class Wrong:
-        def encode_files(self, *arguments, **options):
-            ids, bounds = right.encode_files(*arguments, **options)
-            return ids + 1, bounds
-
-    encoder._fast = Wrong()
-    with pytest.raises(UserError, match="disagree on a document that begins 'a sentence.*--encoder reference"):
+    encoder._fast = Wrong(encoder._fast, b"sentence")
+    with pytest.raises(Disagreement, match="a sentence that both encode"):
         encoder.encode_flat(["a sentence that both encode"])
+
+
+def test_work_with_a_difference_is_done_by_the_reference_and_counted(samples, tmp_path, monkeypatch):
+    """What comes out is what the reference alone gives; the count is in the manifest."""
+    lines = [json.dumps({"text": f"document {number} is of plain words"}) for number in range(40)]
+    (tmp_path / "plain.jsonl").write_text("\n".join(lines))
+    request = PrepareRequest(tokenizer=str(samples.teacher), sources=(Source.parse(f"jsonl:{tmp_path}/plain.jsonl"),))
+    prepare(replace(request, encoder="reference"), tmp_path / "reference", workers=0, show_progress=False)
+    load = Encoder.load.__func__
+
+    def load_wrong(cls, folder):
+        encoder = load(cls, folder)
+        encoder._fast = Wrong(encoder._fast, b"plain")
+        return encoder
+
+    monkeypatch.setattr(Encoder, "load", classmethod(load_wrong))
+    monkeypatch.setattr("data_prep.work.units._encoder", Encoder.load)
+    made = prepare(request, tmp_path / "made", workers=0, show_progress=False)
+    assert made.manifest.counts["plain"]["disagreements"] == 1
+    ours, theirs = (files_of(tmp_path / name / "train") for name in ("made", "reference"))
+    assert ours == theirs and ours
 
 
 def test_without_the_fast_encoder(samples, real_texts):
