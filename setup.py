@@ -24,7 +24,6 @@ setup(
         "tokenizers",
         "safetensors",
         "numpy",
-        "mwparserfromhell",
         "tokie==0.1.4",
         "click>=8.1",
         "psutil",

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,6 +61,8 @@ class Manifest:
     request: dict
     counts: dict[str, dict[str, int]]
     shards: tuple[ShardInfo, ...]
+    shortened: dict[str, list[str]] = field(default_factory=dict)
+    """By source, titles of articles that lost more text than their markup explains; the first hundred."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, sort_keys=True) + "\n"

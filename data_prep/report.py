@@ -15,6 +15,7 @@ from data_prep.tokens.tokenizer import Tokenizer
 
 SAMPLE_CHARACTERS = 600
 LENGTH_BINS = 24
+SHORTENED_SHOWN = 10
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 
 
@@ -32,6 +33,9 @@ def show(corpus: Corpus, console, *, sample: int | None = None, verify: bool = F
         if (unknown := counts.get("unknown_tokens", 0)) > 0 and (text := counts.get("text_tokens", 0)) > 0:
             shown += f" ({unknown / text:.1%} of the text)"
         console.print(f"{source}: {shown}", highlight=False, markup=False)
+        if titles := corpus.manifest.shortened.get(source):
+            named = ", ".join(titles[:SHORTENED_SHOWN]) + (", ..." if len(titles) > SHORTENED_SHOWN else "")
+            console.print(f"{source}: articles that lost much text: {named}", highlight=False, markup=False)
     if sample:
         for title, text in samples(corpus, sample):
             console.rule(title)

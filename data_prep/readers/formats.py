@@ -7,14 +7,9 @@ records.
 """
 
 import bz2
-import contextlib
 import functools
-import gzip
 import json
-import lzma
 import os
-import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
@@ -22,9 +17,7 @@ from typing import IO
 import msgspec
 import numpy as np
 
-READ_BYTES = 1 << 20
-COMPRESSED_SUFFIXES = (".bz2", ".gz", ".xz", ".zst")
-_BZ2_STREAM = re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)")
+from data_prep.readers.compression import READ_BYTES, Range, Streams, is_compressed, open_binary, read_up_to
 
 
 @dataclass(frozen=True)
@@ -64,32 +57,6 @@ class Span:
     stop: int
 
 
-def is_compressed(path: str) -> bool:
-    return path.endswith(COMPRESSED_SUFFIXES)
-
-
-@contextlib.contextmanager
-def open_binary(path: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Opens a file for reading its decompressed bytes: that stream, and the one below it."""
-    with open(path, "rb") as raw:
-        if path.endswith(".bz2"):
-            yield bz2.open(raw), raw
-        elif path.endswith(".gz"):
-            yield gzip.open(raw), raw
-        elif path.endswith(".xz"):
-            yield lzma.open(raw), raw
-        elif path.endswith(".zst"):
-            yield _open_zstandard(raw), raw
-        else:
-            yield raw, raw
-
-
-def _open_zstandard(raw: IO[bytes]) -> IO[bytes]:
-    import pyarrow
-
-    return pyarrow.CompressedInputStream(raw, "zstd")
-
-
 def line_at(path: str, offset_bytes: int) -> int:
     """The number (from 1) of the line at an offset of the decompressed file; reads the file up to there."""
     line, left = 1, offset_bytes
@@ -100,62 +67,13 @@ def line_at(path: str, offset_bytes: int) -> int:
     return line
 
 
-def bzip2_streams(path: str) -> list[int]:
-    """Offsets of the bzip2 streams of a file; more than one in the multistream dumps of Wikipedia."""
-    offsets, base, tail = [], 0, b""
-    with open(path, "rb") as file:
-        while data := file.read(16 * READ_BYTES):
-            window = tail + data
-            offsets += [base - len(tail) + match.start() for match in _BZ2_STREAM.finditer(window)]
-            base += len(data)
-            tail = window[-9:]  # one byte less than the pattern, so that nothing is found twice
-    return offsets
-
-
-class _Range:
-    """A part of a file as a readable stream."""
-
-    def __init__(self, file: IO[bytes], start: int, stop: int):
-        self._file, self._left = file, stop - start
-        file.seek(start)
-
-    def read(self, size: int) -> bytes:
-        data = self._file.read(min(size, self._left))
-        self._left -= len(data)
-        return data
-
-
-def read_all(file: IO[bytes]) -> tuple[bytes, str]:
-    """All bytes of a file, and the reason if it breaks off."""
-    return _decompressed(file, 1 << 62)
-
-
-def _decompressed(file: IO[bytes], size: int) -> tuple[bytes, str]:
-    """Up to `size` bytes, and the reason if the file breaks off there."""
-    parts, left = [], size
-    while left > 0:
-        try:
-            data = file.read(left if isinstance(file, _Range) else min(left, READ_BYTES))
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            return b"".join(parts), f"truncated or damaged: {error}"
-        except zlib.error as error:
-            return b"".join(parts), f"truncated or damaged: {error}"
-        if not data:
-            break
-        parts.append(data)
-        left -= len(data)
-    return b"".join(parts), ""
-
-
 def stream_blocks(
     file: IO[bytes], path: str, delimiter: bytes, block_bytes: int, offset: int = 0, raw: IO[bytes] | None = None
 ) -> Iterator[Block]:
     """Cuts a stream after the last delimiter of every `block_bytes`; a longer record makes a longer block."""
     rest, position = bytearray(), 0
     while True:
-        data, torn = _decompressed(file, block_bytes)
+        data, torn = read_up_to(file, block_bytes)
         searched = max(0, len(rest) - len(delimiter))
         rest += data
         if torn or len(data) < block_bytes:
@@ -207,12 +125,13 @@ def span_blocks(span: Span, delimiter: bytes, block_bytes: int) -> Iterator[Bloc
             start = _record_start(file, span.start, delimiter, size)
             stop = _record_start(file, span.stop, delimiter, size)
             if start < stop:
-                yield from stream_blocks(_Range(file, start, stop), span.path, delimiter, block_bytes, start)
+                yield from stream_blocks(Range(file, start, stop), span.path, delimiter, block_bytes, start)
     elif (span.start, span.stop) == (0, size):
         with open_binary(span.path) as (file, raw):
             yield from stream_blocks(file, span.path, delimiter, block_bytes, raw=raw)
     else:
-        with open(span.path, "rb") as raw, bz2.open(_Range(raw, span.start, span.stop)) as file:
+        with open(span.path, "rb") as raw:
+            file = Streams(Range(raw, span.start, span.stop), bz2.BZ2Decompressor)
             yield from stream_blocks(file, span.path, delimiter, block_bytes, span.start)
 
 
@@ -257,7 +176,7 @@ def _parse_jsonl_slowly(block: Block, field: str) -> Iterator[str | BadRecord]:
         except (KeyError, TypeError):
             yield BadRecord(block.path, start, f"no field {field!r} in this record")
         else:
-            if isinstance(text, str) and b"\\u" in line and _has_lone_surrogate(text):
+            if isinstance(text, str) and _has_lone_surrogate(text):  # escaped, or as bytes, which `json` lets pass
                 yield BadRecord(block.path, start, "half a surrogate pair, which is no character")
             elif isinstance(text, str):
                 yield text

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.readers import formats, rows, wikipedia
+from data_prep.readers import compression, formats, rows, wikipedia
 from data_prep.readers.formats import BadRecord, Block, Span
 
 KINDS = ("wikipedia", "bookcorpus", "cc100", "jsonl", "parquet", "text", "hub")
@@ -191,7 +191,7 @@ def _find_files(source: Source) -> list[str]:
     """The files of a source, sorted; in a folder those with a suffix of this kind."""
     path, suffixes = source.path, _SUFFIXES[source.kind]
     if os.path.isdir(path):
-        endings = tuple(s + c for s in suffixes for c in ("", *formats.COMPRESSED_SUFFIXES))
+        endings = tuple(s + c for s in suffixes for c in ("", *compression.COMPRESSED_SUFFIXES))
         found = sorted(os.path.join(root, name) for root, _, names in os.walk(path) for name in names)
         found = [name for name in found if name.endswith(endings)]
         expected = f"no file ending in {', '.join(suffixes)} (also compressed) in that folder"
@@ -243,7 +243,7 @@ def _spans(source: Source, unit_bytes: int) -> Iterator[tuple[Span, int, bool]]:
         if path.endswith(".parquet"):
             for group, group_bytes in enumerate(rows.parquet_row_groups(path, source.field)):
                 yield Span(path, group, group + 1), group_bytes, False
-        elif not formats.is_compressed(path):
+        elif not compression.is_compressed(path):
             step = size if _delimiter(source) is None else unit_bytes
             for start in range(0, size, step or 1):
                 stop = min(start + step, size)
@@ -255,7 +255,7 @@ def _spans(source: Source, unit_bytes: int) -> Iterator[tuple[Span, int, bool]]:
 def _compressed_spans(source: Source, path: str, size: int, unit_bytes: int) -> Iterator[tuple[Span, int, bool]]:
     step = max(1, unit_bytes // COMPRESSION_RATIO)
     if source.kind == "wikipedia" and path.endswith(".bz2") and size > step:
-        streams = formats.bzip2_streams(path)
+        streams = compression.bzip2_streams(path)
         if len(streams) > 2:
             cuts = [0]
             for offset in streams[1:]:
@@ -308,8 +308,8 @@ def _rows_per_document(source: Source) -> int:
 
 
 def _whole_file(path: str) -> Iterator[str | BadRecord]:
-    with formats.open_binary(path) as (file, _):
-        data, torn = formats.read_all(file)
+    with compression.open_binary(path) as (file, _):
+        data, torn = compression.read_all(file)
     if torn:
         yield BadRecord(path, len(data), torn)
         return

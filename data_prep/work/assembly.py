@@ -22,6 +22,7 @@ from data_prep.work.progress import Progress
 from data_prep.work.units import UnitOptions
 
 READER_THREADS = 16
+SHORTENED_NAMED = 100  # articles of a source that the manifest names
 
 
 def stream_end(unit: Unit, work: Path) -> Path:
@@ -29,10 +30,14 @@ def stream_end(unit: Unit, work: Path) -> Path:
     return work / "parts" / unit.source.name / f"{unit.number:06d}.end"
 
 
-def done_blocks(unit: Unit, work: Path) -> frozenset[int]:
-    """Numbers of the blocks of a streamed unit that have their part."""
-    records = (work / "parts" / unit.source.name).glob(f"{unit.number:06d}-*.json")
-    return frozenset(int(record.stem.partition("-")[2]) for record in records)
+def done_blocks(source: str, work: Path) -> dict[int, set[int]]:
+    """Numbers of the blocks that have their part, for each streamed unit of a source; its folder is listed once."""
+    done: dict[int, set[int]] = {}
+    for record in (work / "parts" / source).glob("*-*.json"):
+        unit, _, block = record.stem.partition("-")
+        if unit.isdigit() and block.isdigit():
+            done.setdefault(int(unit), set()).add(int(block))
+    return done
 
 
 def unread_blocks(unit: Unit, work: Path, block_bytes: int, done: frozenset[int]) -> Iterator[Block]:
@@ -56,10 +61,12 @@ class _SourceState:
     block: int = 0
     is_assembled: bool = False
     counts: Counter = field(default_factory=Counter)
+    shortened: list[str] = field(default_factory=list)
+    done_blocks: dict[int, set[int]] = field(default_factory=dict)
 
 
 class Assembly:
-    """One run over all sources. `run` returns the shards and the counts of the manifest."""
+    """One run over all sources."""
 
     def __init__(
         self, plans, engine, options: UnitOptions, out: Path, shard_bytes: int, block_bytes: int, progress: Progress
@@ -75,14 +82,16 @@ class Assembly:
             )
             for source, planned in plans
         ]
+        for state in self._states:
+            state.done_blocks = done_blocks(state.source.name, self._work)
         self._by_name = {state.source.name: state for state in self._states}
         self._pending: dict[Future, tuple] = {}
         self._shards: list[ShardInfo] = []
         self._readers_of: Counter[Path] = Counter()  # shards in work that read a part
         self._stopped = threading.Event()
 
-    def run(self) -> tuple[list[ShardInfo], dict]:
-        """Does what is left to do."""
+    def run(self) -> tuple[list[ShardInfo], dict[str, dict[str, int]], dict[str, list[str]]]:
+        """Does what is left to do; shards, and by source counts and the titles of shortened articles."""
         try:
             for state in self._states:
                 self._advance(state)
@@ -98,7 +107,8 @@ class Assembly:
         for state in self._states:  # a limit may have cut the last part
             for name in ("documents", "tokens"):
                 state.counts[name] = sum(getattr(s, name) for s in shards if s.source == state.source.name)
-        return shards, {state.source.name: dict(sorted(state.counts.items())) for state in self._states}
+        counts = {state.source.name: dict(sorted(state.counts.items())) for state in self._states}
+        return shards, counts, {s.source.name: s.shortened[:SHORTENED_NAMED] for s in self._states if s.shortened}
 
     # Feeding: plain units from the plan, blocks from threads that each read one compressed stream.
 
@@ -134,7 +144,7 @@ class Assembly:
                     unit = next(todo, None)
                 if unit is None:
                     break
-                done = done_blocks(unit, self._work)
+                done = self._done_blocks(unit)
                 numbers = (number for number in itertools.count() if number not in done)
                 for block in self._engine.blocks(unit, self._work, self._block_bytes, done):
                     number = next(numbers)
@@ -153,6 +163,10 @@ class Assembly:
                 items.put(item, timeout=0.2)
                 return
 
+    def _done_blocks(self, unit: Unit) -> frozenset[int]:
+        """Numbers of a streamed unit's blocks that were done when this run began."""
+        return frozenset(self._state(unit).done_blocks.get(unit.number, ()))
+
     def _state(self, unit: Unit) -> _SourceState:
         return self._by_name[unit.source.name]
 
@@ -160,7 +174,7 @@ class Assembly:
         """Whether nothing is left to do for a unit."""
         if unit.streamed:
             end = stream_end(unit, self._work)
-            done = end.exists() and len(done_blocks(unit, self._work)) == int(end.read_text())
+            done = end.exists() and len(self._done_blocks(unit)) == int(end.read_text())
         else:
             done = units.part_of(unit, 0, self._work).is_done
         if done:
@@ -213,7 +227,9 @@ class Assembly:
                     return
                 state.unit, state.block = state.unit + 1, 0
                 continue
-            state.counts.update(part.record())
+            record = part.record()
+            state.shortened += record.pop("shortened_titles", ())
+            state.counts.update(record)
             self._start_shards(state.planner.add(part))
             if unit.streamed:
                 state.block += 1

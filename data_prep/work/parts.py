@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,15 +58,15 @@ class Part:
         """Token bytes of one split."""
         return self._file(f"{split}.bin")
 
-    def record(self) -> dict[str, int]:
-        """What was counted while the part was made."""
+    def record(self) -> dict[str, Any]:
+        """What was counted while the part was made, and `shortened_titles` if there are any."""
         return read_record(self._file("json"))
 
     def signed_lengths(self) -> np.ndarray:
         """int32 lengths of the documents in the order of the input; negative for validation."""
         return np.fromfile(self._file("lengths"), dtype="<i4")
 
-    def write(self, tokens: dict[str, list[np.ndarray]], signed_lengths: np.ndarray, record: dict[str, int]) -> None:
+    def write(self, tokens: dict[str, list[np.ndarray]], signed_lengths: np.ndarray, record: dict[str, Any]) -> None:
         """Writes all files of the part, the record last."""
         for split in SPLITS:
             if tokens[split]:

@@ -13,6 +13,7 @@ from data_prep.errors import UserError
 from data_prep.readers import sources
 from data_prep.readers.formats import BadRecord, Block
 from data_prep.readers.sources import Unit
+from data_prep.readers.wikipedia import ShortenedArticle
 from data_prep.tokens.tokenizer import Disagreement, Encoder
 from data_prep.work.parts import SPLITS, Part
 
@@ -73,7 +74,8 @@ def _encode(
     counts: Counter[str] = Counter()
     tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     signed_lengths: list[np.ndarray] = []
-    for texts in _batches(unit, block, options, counts):
+    shortened: list[str] = []
+    for texts in _batches(unit, block, options, counts, shortened):
         ids, lengths = encoder.encode_flat(texts, counts)
         keep = lengths >= max(1, options.min_tokens)
         held_out = _held_out(texts, options.validation_fraction)
@@ -91,7 +93,8 @@ def _encode(
         counts["dropped_short"] += int((lengths < max(1, options.min_tokens)).sum())
         if counts["documents"] == options.limit_documents:
             break
-    return tokens, np.concatenate(signed_lengths) if signed_lengths else np.zeros(0, dtype=np.int32), dict(counts)
+    record = {**counts, **({"shortened_titles": shortened} if shortened else {})}
+    return tokens, np.concatenate(signed_lengths) if signed_lengths else np.zeros(0, dtype=np.int32), record
 
 
 @functools.lru_cache(maxsize=2)
@@ -99,7 +102,9 @@ def _encoder(folder: str) -> Encoder:
     return Encoder.load(folder)
 
 
-def _batches(unit: Unit, block: Block | None, options: UnitOptions, counts: Counter) -> Iterator[list[str]]:
+def _batches(
+    unit: Unit, block: Block | None, options: UnitOptions, counts: Counter, shortened: list[str]
+) -> Iterator[list[str]]:
     """The texts of a piece of work, some millions of characters at a time; bad records stop it or are counted."""
     texts, characters = [], 0
     for item in sources.documents(unit, block):
@@ -111,6 +116,9 @@ def _batches(unit: Unit, block: Block | None, options: UnitOptions, counts: Coun
                 )
             counts["bad_records"] += 1
             continue
+        if isinstance(item, ShortenedArticle):
+            counts["shortened_articles"] += 1
+            shortened.append(item.title)
         texts.append(item)
         characters += len(item)
         if characters >= BATCH_CHARACTERS:

@@ -25,6 +25,17 @@ LONG = ["optimizer.steps=100000", "checkpoint.every_steps=100000"]
 pytestmark = pytest.mark.slow
 
 
+JOBS: list["Job"] = []  # of the running test
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives_its_test():
+    JOBS.clear()
+    yield
+    for process in (process for job in JOBS for process in job.processes()):
+        process.kill()
+
+
 class Job:
     """A job under the launch script, its output going to a file."""
 
@@ -38,6 +49,7 @@ class Job:
         environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
+        JOBS.append(self)
 
     def wait_for_step(self, step, seconds=120):
         deadline = time.monotonic() + seconds
@@ -91,9 +103,10 @@ def test_a_signal_before_the_first_step_loses_nothing_and_exits_75(seconds, smal
 
 
 TERMINAL = """
-import os, pty, sys
+import os, pty, signal, sys
 child, terminal = pty.fork()
 if not child:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it would be ignored under nohup, as a user of nohup wants it
     os.execvp(sys.argv[1], sys.argv[1:])
 while os.read(terminal, 65536):
     pass

@@ -194,6 +194,26 @@ def test_truncated_compressed_file_gives_its_whole_records_and_says_so(tmp_path,
     assert 0 < len(documents) < len(whole)
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_what_follows_a_compressed_file_and_is_no_stream_is_damage(tmp_path, suffix):
+    path = write(tmp_path / "a.jsonl", '{"text": "one"}\n', suffix)
+    whole = path.read_bytes()
+    path.write_bytes(whole + COMPRESSORS[suffix](b'{"text": "two"}\n') + bytes(8))  # another stream, and padding
+    assert texts_of(Source.parse(f"jsonl:{path}")) == ["one", "two"]
+    for damaged in (whole + b"garbage", b""):
+        path.write_bytes(damaged)
+        *texts, bad = items_of(Source.parse(f"jsonl:{path}"))
+        assert texts in ([], ["one"]) and isinstance(bad, BadRecord) and "truncated or damaged" in bad.describe()
+
+
+def test_half_a_surrogate_is_a_bad_record_escaped_or_raw(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n{"text": "a\xed\xa0\x80b"}\n{"text": "a\\ud800b"}\n{"text": "two"}\n')
+    one, raw, escaped, two = items_of(Source.parse(f"jsonl:{path}"))
+    assert (one, two) == ("one", "two") and "line 2" in raw.describe()
+    assert all("half a surrogate pair" in bad.describe() for bad in (raw, escaped))
+
+
 def test_an_empty_file_has_no_documents(tmp_path):
     assert texts_of(Source.parse(f"jsonl:{write(tmp_path / 'a.jsonl', '')}")) == []
     assert texts_of(Source.parse(f"jsonl:{write(tmp_path / 'b.jsonl', '', '.xz')}")) == []

@@ -1,14 +1,17 @@
 """Wikipedia dumps: which pages, what text, and multistream dumps read in pieces."""
 
 import bz2
+import html
 import re
 
 import pytest
 
-from data_prep.readers import formats, sources
+from data_prep.errors import UserError
+from data_prep.readers import compression, formats, sources
 from data_prep.readers.formats import BadRecord
 from data_prep.readers.sources import Source
-from data_prep.readers.wikipedia import clean, dropped_namespaces
+from data_prep.readers.wikipedia import dropped_namespaces
+from data_prep.readers.wikitext import clean
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,18 @@ def multistream(path, samples, pages_per_stream):
     groups = [b"".join(pages[i : i + pages_per_stream]) for i in range(0, len(pages), pages_per_stream)]
     path.write_bytes(b"".join(map(bz2.compress, [head, *groups, b"\n</mediawiki>"])))
     return path
+
+
+def block_of_pages(folder, head, pages):
+    """A dump of pages (title, wikitext) as one block."""
+    made = "".join(
+        f"<page><title>{title}</title><ns>0</ns><revision><model>wikitext</model>"
+        f"<text>{html.escape(text)}</text></revision></page>"
+        for title, text in pages
+    )
+    path = folder / "xxwiki-1.xml"
+    path.write_text(f"<mediawiki>{head}{made}</mediawiki>")
+    yield formats.Block(str(path), 0, path.read_bytes())
 
 
 def test_the_sample_has_its_articles_and_no_redirects(articles, samples):
@@ -85,7 +100,7 @@ def test_no_markup_is_left_in_real_articles(articles):
         ("== Parent ==\n=== Child ===\nWords.", "Parent\n\nChild\nWords."),
         ("__NOTOC__Text{{unclosed and more", "Textunclosed and more"),
         ("Text with [[unclosed link and more", "Text with unclosed link and more"),
-        ("<nowiki>[[not a link]]</nowiki> text", "not a link text"),
+        ("<nowiki>[[not a link]]</nowiki> text", "[[not a link]] text"),
         ("<blockquote>Quoted <span style='x'>words</span></blockquote>", "Quoted words"),
         ("{{only}}{{templates}}", ""),
     ],
@@ -120,7 +135,7 @@ def test_namespaces_in_the_language_of_the_wiki(tmp_path):
 @pytest.mark.parametrize("unit_bytes", [100_000, 400_000])
 def test_multistream_dumps_are_split_at_their_streams(samples, articles, tmp_path, unit_bytes):
     path = multistream(tmp_path / "enwiki-x-pages-articles-multistream.xml.bz2", samples, 10)
-    assert len(formats.bzip2_streams(str(path))) == 15
+    assert len(compression.bzip2_streams(str(path))) == 15
     (source,) = sources.expand((Source.parse(f"wikipedia:{path}"),))
     units = list(sources.plan(source, unit_bytes))
     assert len(units) > 1 and not any(unit.streamed for unit in units)
@@ -152,5 +167,5 @@ def test_a_broken_page_is_a_bad_record(tmp_path):
 
 def test_a_dump_in_another_encoding_is_refused(samples):
     (source,) = sources.expand((Source.parse(f"wikipedia,language=bg:{samples.bgwiki}"),))  # UTF-16
-    items = [item for unit in sources.plan(source, 64 << 20) for item in sources.documents(unit)]
-    assert len(items) == 1 and "not UTF-8" in items[0].describe()
+    with pytest.raises(UserError, match="is in UTF-16; .*iconv -f UTF-16 -t UTF-8"):
+        [item for unit in sources.plan(source, 64 << 20) for item in sources.documents(unit)]
