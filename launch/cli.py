@@ -153,6 +153,11 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
+def _do_without_torch() -> None:
+    """Let this process never import torch, which transformers does for nothing wherever it is: seconds and memory."""
+    sys.modules.setdefault("torch", None)
+
+
 def distill_rank() -> None:
     """One rank of `launch/distill.sh`, started by deepspeed, torchrun or srun."""
     from launch.streams import outlive_the_terminal
@@ -260,6 +265,7 @@ def prepare(out, source_texts, corpus, shard_bytes, workers, engine, ray_address
       minilm prepare --tokenizer xlm-roberta-large --out /data/cc100-tokens --source 'cc100:/data/cc100/*.txt.xz'
       minilm prepare --corpus corpus.toml --out /data/corpus --engine ray
     """
+    _do_without_torch()
     from data_prep.prepare import prepare as run
     from data_prep.request import request_from
 
@@ -284,6 +290,7 @@ def inspect(path: Path, sample: int | None, verify: bool, plot: Path | None) -> 
       minilm inspect runs/demo/corpus --verify --sample 3 --plot corpus.svg
       minilm inspect runs/demo/run --verify
     """
+    _do_without_torch()
     if sample or plot or (path / "manifest.json").is_file() or (path / ".work").is_dir():
         from data_prep import report as corpus_report
         from data_prep.shards import Corpus
