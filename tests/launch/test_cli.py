@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch  # noqa: F401  (commands that do without it must not keep it from others in this process)
 from click.testing import CliRunner
 
 from launch import cli
