@@ -1,6 +1,5 @@
 """The command `minilm`: thin wrappers that read arguments, call one function and print what it returns."""
 
-import errno
 import os
 import socket
 import sys
@@ -10,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, words_of
 
 EXIT_USER_ERROR = 2
 
@@ -29,24 +28,6 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("minilm: interrupted", err=True)
         sys.exit(130)
-
-
-# What is wrong with a path or a full disk of the user's. Anything else, such as a disk that fails, is no mistake.
-_USERS_ERRNO = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-_USERS_ERRNO += (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY)
-
-
-def words_of(error: Exception) -> str:
-    """A mistake in words; raises what is none."""
-    if isinstance(error, click.ClickException):
-        return error.format_message()
-    if isinstance(error, OSError):
-        if error.errno not in _USERS_ERRNO:
-            raise error
-        name = str(error.filename or "")
-        shown = f"{name[:60]}...{name[-20:]}" if len(name) > 200 else name
-        return f"{shown}: {error.strerror}" if name else f"{error.strerror}"
-    return str(error)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -85,6 +66,7 @@ _RECIPE_OPTIONS = [
     click.option("--stop-at", type=click.IntRange(min=1), help="Save and leave after this step."),
     click.option("--profile", is_flag=True, help="Write a trace of a few steps to RUN/profile."),
     click.option("--compile", "compile_layers", is_flag=True, help="Run the layers through torch.compile."),
+    click.option("--skip-preflight", is_flag=True, help="Start though machines differ in versions or settings."),
     click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]..."),
 ]
 
@@ -99,7 +81,9 @@ def _recipe_options(command):
 @_recipe_options
 @click.option("--num-gpus", type=click.IntRange(min=1), help="Ranks on this machine; without GPUs, CPU processes.")
 @click.option("--max-restarts", type=click.IntRange(min=0), default=0, show_default=True, help="After a crash.")
-def distill(recipe, ds_config, resume, stop_at, profile, compile_layers, overrides, num_gpus, max_restarts) -> None:
+def distill(
+    recipe, ds_config, resume, stop_at, profile, compile_layers, skip_preflight, overrides, num_gpus, max_restarts
+) -> None:
     """Distill a student on this machine: checks everything, then runs `deepspeed launch/distill.sh`.
 
     \b
@@ -119,6 +103,7 @@ def distill(recipe, ds_config, resume, stop_at, profile, compile_layers, overrid
     arguments += ["--stop-at", str(stop_at)] if stop_at else []
     arguments += ["--profile"] if profile else []
     arguments += ["--compile"] if compile_layers else []
+    arguments += ["--skip-preflight"] if skip_preflight else []
     arguments += ["--num_gpus", str(num_gpus)] if num_gpus else []
     sys.exit(supervise.launch([*arguments, "--max-restarts", str(max_restarts)]))
 
@@ -130,17 +115,33 @@ def distill(recipe, ds_config, resume, stop_at, profile, compile_layers, overrid
 @click.option("--num_gpus", "--num-gpus", hidden=True)
 @click.pass_obj
 def _distill_rank(
-    status, recipe, ds_config, resume, stop_at, profile, compile_layers, overrides, local_rank, job, num_gpus
+    status,
+    recipe,
+    ds_config,
+    resume,
+    stop_at,
+    profile,
+    compile_layers,
+    skip_preflight,
+    overrides,
+    local_rank,
+    job,
+    num_gpus,
 ) -> int:
     from pipeline.engine import deepspeed_config, process_group
     from pipeline.recipes import load_recipe
-    from pipeline.training.job import distill as run
+    from pipeline.training import job as jobs
 
     if num_gpus:
         raise UserError("--num_gpus belongs to the launcher: deepspeed --num_gpus 2 launch/distill.sh --recipe ...")
     options = dict(resume=resume, stop_at_step=stop_at, profile=profile, compile_layers=compile_layers)
+    options |= dict(skip_preflight=skip_preflight)
     options["on_start"] = status.running
-    code = run(load_recipe(recipe, overrides), deepspeed_config.read_ds_config(ds_config), **options)
+    try:
+        given = load_recipe(recipe, overrides), deepspeed_config.read_ds_config(ds_config)
+    except (UserError, OSError) as error:
+        jobs.fail_together(error)
+    code = jobs.distill(*given, **options)
     process_group.leave_process_group()
     return code
 
@@ -160,16 +161,22 @@ def _do_without_torch() -> None:
 
 def distill_rank() -> None:
     """One rank of `launch/distill.sh`, started by deepspeed, torchrun or srun."""
+    from launch.starters import rank_variables
     from launch.streams import outlive_the_terminal
     from launch.supervise import RankStatus
 
     _quiet_libraries()
     outlive_the_terminal()
+    try:
+        os.environ.update(rank_variables(os.environ))
+    except UserError as error:
+        click.echo(f"distill: error: {error}", err=True)
+        sys.exit(EXIT_USER_ERROR)
     status = RankStatus()
     try:
         code = _distill_rank.main(prog_name="distill.sh", standalone_mode=False, obj=status)
     except (UserError, OSError, click.ClickException) as error:
-        words = words_of(error)
+        words = error.format_message() if isinstance(error, click.ClickException) else words_of(error)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             words += f" [rank {os.environ.get('RANK')} on {socket.gethostname()}]"
         status.say_once(f"distill: error: {words}")

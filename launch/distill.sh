@@ -20,12 +20,14 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
     try:
         from launch.cli import distill_rank
-        from launch.supervise import launch
+        from launch.supervise import is_rank, launch
     except ModuleNotFoundError as error:
         message = f"{sys.executable} has no package {error.name}: activate the project's environment"
         print(f"distill: error: {message}", file=sys.stderr)
         sys.exit(2)
     if sys.argv[1:2] == ["--launch"]:
-        sys.exit(launch(sys.argv[2:]))
+        del sys.argv[1]
+        if not is_rank(sys.argv[1:]):
+            sys.exit(launch(sys.argv[1:]))
     distill_rank()
 # end of the Python part

@@ -21,6 +21,9 @@ from typing import NoReturn
 
 import psutil
 
+from data_prep.errors import UserError
+from launch.starters import rank_variables
+
 SCRIPT = Path(__file__).resolve().parent / "distill.sh"
 JOB = "PYTHON_MINILM_JOB"  # DeepSpeed hands variables to other machines only if they begin with PYTHON or the like
 STATUS = "PYTHON_MINILM_STATUS"
@@ -62,6 +65,15 @@ def launch(arguments: list[str]) -> int:
         time.sleep(RESTART_SECONDS)
         if job.signalled:
             return REQUEUE
+
+
+def is_rank(arguments: list[str]) -> bool:
+    """Whether srun or mpirun started this as one of several ranks, rather than as what starts them."""
+    launcher, _, _ = split_arguments(arguments)
+    try:
+        return not launcher and bool(rank_variables(os.environ))
+    except UserError:  # the rank will say it
+        return True
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str], int]:

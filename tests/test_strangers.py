@@ -16,8 +16,7 @@ import tomli_w
 import torch
 
 from data_prep import durable
-from data_prep.errors import UserError
-from launch import cli
+from data_prep.errors import UserError, words_of
 from pipeline.encoders.models import load_teacher, teacher_config
 from pipeline.engine import checkpoint, deepspeed_config, records
 from pipeline.recipes import load_recipe
@@ -69,7 +68,7 @@ def accepted(function, *arguments, **options) -> bool:
         function(*arguments, **options)
         return True
     except (UserError, OSError) as error:
-        assert cli.words_of(error).strip()
+        assert words_of(error).strip()
         return False
 
 

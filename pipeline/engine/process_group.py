@@ -1,19 +1,29 @@
 """This rank among the others: the process group, and the device that it computes on."""
 
 import os
+import socket
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from data_prep.errors import UserError
+from pipeline.engine.meeting import Report, meet, verdict
 from pipeline.engine.operators import import_deepspeed
 
+RENDEZVOUS_SECONDS = 300  # how long a machine may be late; MINILM_RENDEZVOUS_SECONDS in the environment changes it
 
-def init_distributed(*, timeout_seconds: int = 1800) -> None:
+
+def init_distributed(report: Report | None = None, *, timeout_seconds: int = 1800) -> None:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; alone if they are not set.
 
+    Args:
+        report: what this rank tells the others before; see `meeting.meet`.
+        timeout_seconds: how long a collective waits for a rank.
+
     Raises:
-        UserError: another process listens on MASTER_PORT.
+        UserError: another process listens on MASTER_PORT; rank 0 cannot be reached; a rank is missing, differs or has
+            found a mistake.
     """
     deepspeed = import_deepspeed()
     for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
@@ -25,20 +35,46 @@ def init_distributed(*, timeout_seconds: int = 1800) -> None:
         local_ranks = ranks_on_this_machine()
         if "OMP_NUM_THREADS" not in os.environ or local_ranks > 1:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
-    try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
+    report = report or Report(host=socket.gethostname())
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    seconds = float(os.environ.get("MINILM_RENDEZVOUS_SECONDS", RENDEZVOUS_SECONDS))
+    if dist.is_initialized():  # by a program that runs several jobs
+        reports: list[Report] = [report] * world_size
+        dist.all_gather_object(reports, report)
+        if problem := verdict(reports, seconds):
+            raise UserError(problem)
+    else:
+        store = _store(rank, world_size, seconds)
+        if world_size > 1:
+            meet(dist.PrefixStore("meeting", store), report, rank=rank, world_size=world_size, seconds=seconds)
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-    except torch.distributed.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def _store(rank: int, world_size: int, seconds: float) -> dist.Store:
+    """The store of this job's ranks: rank 0 keeps it, or torchrun."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    options = dict(is_master=rank == 0 and not agents, timeout=timedelta(seconds=seconds), wait_for_workers=False)
+    try:
+        store = dist.TCPStore(host, port, world_size, **options)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {port} is taken, perhaps by another job on this machine: give this one a port of its own, such "
+                "as --master_port 29501"
+            ) from error
         raise UserError(
-            f"port {os.environ['MASTER_PORT']} is taken, perhaps by another job on this machine: give this one a port "
-            "of its own, such as --master_port 29501"
+            f"rank {rank} on {socket.gethostname()} could not reach rank 0 at {host}:{port} within {seconds:.0f} s: "
+            "look whether that machine is up, runs this job, and lets others in at that port"
         ) from error
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def ranks_on_this_machine() -> int:
@@ -47,9 +83,9 @@ def ranks_on_this_machine() -> int:
 
 def leave_process_group() -> None:
     """At the end of a program, when all ranks have come to it: without this some end with an error now and then."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def device() -> torch.device:

@@ -1,10 +1,16 @@
 """Everything about a run that can be refused without loading weights or starting a process group."""
 
+import hashlib
+import importlib.metadata
+import json
 import os
+import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from data_prep import samples
 from data_prep.errors import UserError
@@ -61,6 +67,41 @@ def check(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> Corp
     _check_vocabulary(corpus, teacher.vocab_size, recipe.teacher.model)
     _check_samples(recipe, corpus, world_size)
     return corpus
+
+
+def facts(recipe: Recipe, ds_config: dict[str, Any], corpus: Corpus) -> dict[str, str]:
+    """What must be the same on all ranks of a job: name -> value.
+
+    What is read from disks is told by one rank of each machine.
+    """
+    told = {
+        **{f"recipe {name}": value for name, value in _flat(recipe.learned())},
+        **{f"DeepSpeed {name}": value for name, value in _flat(ds_config)},
+        "recipe run.output": recipe.run.output,
+        "corpus": corpus.fingerprint[:12],
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
+    }
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        told |= {"teacher": teacher_fingerprint(recipe.teacher.model)[:12], "this project's code": _code()[:12]}
+    return told
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value)
+
+
+def _code() -> str:
+    """Of the sources that this rank runs, as far as they decide what is learned."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def find_checkpoint(recipe: Recipe, corpus: Corpus, resume: str) -> records.Record | None:

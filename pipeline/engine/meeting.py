@@ -1,0 +1,134 @@
+"""All ranks meet before the first collective, which would wait for whoever is missing: on a key-value store.
+
+Each leaves a report there: where it runs, what it found wrong, and what must be the same everywhere. Rank 0 reads them
+all and answers; so a mistake on one machine, a machine that differs and one that never comes end the job on all others
+with the same words, within minutes.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from data_prep.errors import UserError
+
+_FINE = "fine"
+_SHOWN = 5
+_MISTAKE_SECONDS = 10  # for others to come and hear of a mistake
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a rank says of itself.
+
+    Attributes:
+        host: name of its machine.
+        mistake: a mistake of the user's that it has found; "" for none.
+        facts: name -> value of what must be equal on all ranks that report it.
+    """
+
+    host: str
+    mistake: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def meet(store: dist.Store, report: Report, *, rank: int, world_size: int, seconds: float) -> None:
+    """Wait for all ranks, and for rank 0's answer.
+
+    Args:
+        store: that all ranks reach.
+        report: this rank's.
+        rank, world_size: this rank's number, and how many there are.
+        seconds: how long a rank may be late.
+
+    Raises:
+        UserError: on all ranks that are there: one has made a mistake, differs, or is missing.
+    """
+    store.set(f"report/{rank}", json.dumps(asdict(report)))
+    if rank == 0:
+        reports = _collect(store, world_size, seconds)
+        store.set("answer", verdict(reports, seconds) or _FINE)
+    try:
+        store.wait(["answer"], timedelta(seconds=2 * seconds))
+    except (dist.DistStoreError, RuntimeError):
+        raise UserError(
+            f"rank {rank} on {report.host} has come to the others, but rank 0 gave no answer: look at its machine"
+        ) from None
+    answer = store.get("answer").decode()
+    _leave(store, rank, world_size)
+    if answer != _FINE:
+        raise UserError(answer)
+
+
+def verdict(reports: Sequence[Report | None], seconds: float) -> str:
+    """What is wrong among the reports of all ranks, in their order; "" if nothing is.
+
+    Args:
+        reports: None for a rank that did not come.
+        seconds: how long it was waited for.
+    """
+    there = [(rank, report) for rank, report in enumerate(reports) if report is not None]
+    if mistakes := [(rank, report) for rank, report in there if report.mistake]:
+        rank, report = mistakes[0]
+        everywhere = len(mistakes) == len(reports)
+        return report.mistake + ("" if everywhere else f" (rank {rank} on {report.host}, {len(mistakes)} ranks in all)")
+    if len(there) < len(reports):
+        missing = [rank for rank, report in enumerate(reports) if report is None]
+        hosts = ", ".join(sorted({report.host for _, report in there}))
+        return (
+            f"{len(missing)} of {len(reports)} ranks did not come within {seconds:.0f} s: rank {_ranges(missing)}. "
+            f"There are those on {hosts}. Look whether the other machines are up, reach MASTER_ADDR and have "
+            "this project and its environment."
+        )
+    lines = []
+    seen: dict[str, tuple[int, str]] = {}
+    for rank, report in there:
+        for name, value in report.facts.items():
+            first, expected = seen.setdefault(name, (rank, value))
+            if value != expected:
+                theirs = f"{expected} (rank {first} on {reports[first].host})"
+                lines.append(f"  {name}: {value} (rank {rank} on {report.host}), {theirs}")
+    if not lines:
+        return ""
+    more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return "\n".join(
+        ["the ranks of this job differ, and would train something else each:", *lines[:_SHOWN], *more]
+        + ["Make the machines alike and start again; --skip-preflight starts all the same."]
+    )
+
+
+def _collect(store: dist.Store, world_size: int, seconds: float) -> list[Report | None]:
+    """The reports of all ranks; a mistake ends the waiting soon, since who made it waits for no one."""
+    reports: list[Report | None] = [None] * world_size
+    deadline = time.monotonic() + seconds
+    while None in reports and time.monotonic() < deadline:
+        for rank in [rank for rank, report in enumerate(reports) if report is None]:
+            if store.check([f"report/{rank}"]):
+                reports[rank] = Report(**json.loads(store.get(f"report/{rank}")))
+                if reports[rank].mistake:
+                    deadline = min(deadline, time.monotonic() + _MISTAKE_SECONDS)
+        time.sleep(0.02)
+    return reports
+
+
+def _leave(store: dist.Store, rank: int, world_size: int) -> None:
+    """Rank 0 may hold the store, and goes last."""
+    store.set(f"heard/{rank}", "")
+    if rank == 0:
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline and not all(store.check([f"heard/{r}"]) for r in range(world_size)):
+            time.sleep(0.02)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """4, 5, 6, 9 -> 4-6, 9"""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in parts)

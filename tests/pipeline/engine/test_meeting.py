@@ -1,0 +1,121 @@
+"""Ranks meet before they train: machines that differ, make a mistake or never come are named on all others."""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from data_prep.errors import UserError
+from pipeline.engine.meeting import Report, meet, verdict
+from tests import toy
+
+SCRIPT = Path(__file__).resolve().parents[3] / "launch" / "distill.sh"
+
+
+def reports(*facts, **mistakes):
+    made = [Report(host=f"node{number}", facts=fact) for number, fact in enumerate(facts)]
+    for name, words in mistakes.items():
+        made[int(name[1:])] = Report(host=f"node{name[1:]}", mistake=words)
+    return made
+
+
+def test_equal_ranks_are_fine():
+    assert verdict(reports({"a": "1", "b": "2"}, {"a": "1"}, {"a": "1", "b": "2"}), 60) == ""
+
+
+def test_a_difference_is_named_with_both_values_and_machines():
+    words = verdict(reports({"torch": "2.6", "lr": "1"}, {"torch": "2.6", "lr": "1"}, {"torch": "2.7", "lr": "1"}), 60)
+    assert "torch: 2.7 (rank 2 on node2), 2.6 (rank 0 on node0)" in words and "lr" not in words
+
+
+def test_what_is_missing_and_what_went_wrong_is_named():
+    some = [*reports({}, {}), None, None, *reports({}), None]
+    assert "3 of 6 ranks did not come within 60 s: rank 2-3, 5" in verdict(some, 60)
+    assert verdict([*reports({}, r0="no corpus"), None], 60) == "no corpus (rank 0 on node0, 1 ranks in all)"
+    assert verdict(reports({}, {}, r0="no corpus", r1="no corpus"), 60) == "no corpus"
+
+
+def meeting(port, told, *, seconds=20, missing=0):
+    """What each rank hears."""
+
+    def rank(number):
+        store = dist.TCPStore(
+            "127.0.0.1", port, is_master=number == 0, wait_for_workers=False, timeout=timedelta(seconds=20)
+        )
+        try:
+            meet(store, told[number], rank=number, world_size=len(told) + missing, seconds=seconds)
+        except UserError as error:
+            return str(error)
+        return "fine"
+
+    with ThreadPoolExecutor(len(told)) as pool:
+        return list(pool.map(rank, range(len(told))))
+
+
+def test_all_hear_the_same(port):
+    assert meeting(port, reports({"a": "1"}, {"a": "1"}, {"a": "1"})) == ["fine"] * 3
+
+
+def test_all_hear_of_a_mistake_a_difference_or_an_absence(port):
+    first, second = meeting(port, reports({"a": "1"}, {}, r1="corpus missing"))
+    assert first == second == "corpus missing (rank 1 on node1, 1 ranks in all)"
+    first, second = meeting(port + 1, reports({"a": "1"}, {"a": "2"}))
+    assert first == second and "a: 2 (rank 1 on node1), 1 (rank 0 on node0)" in first
+    began = time.monotonic()
+    first, second = meeting(port + 2, reports({}, {}), seconds=1, missing=2)
+    assert first == second and "2 of 4 ranks did not come within 1 s: rank 2-3" in first
+    assert time.monotonic() - began < 15
+
+
+@pytest.fixture(scope="module")
+def overrides(samples, tmp_path_factory):
+    return toy.make(tmp_path_factory.mktemp("meeting"), samples.leads())
+
+
+def ranks_of_two_machines(port, tmp_path, overrides, *differences, **environment):
+    """Exit codes and standard errors of ranks that somebody started by hand; each has its own overrides."""
+    running = []
+    for rank, own in enumerate(differences):
+        variables = dict(RANK=rank, WORLD_SIZE=2, LOCAL_RANK=0, LOCAL_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        variables = {name: str(value) for name, value in {**variables, **environment}.items()}
+        command = [sys.executable, SCRIPT, "--recipe", "demo", *overrides, f"run.output={tmp_path / 'run'}", *own]
+        running.append(
+            subprocess.Popen(
+                list(map(str, command)),
+                env={**os.environ, **variables, "TMPDIR": str(tmp_path)},
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
+            )
+        )
+    ended = [(process.communicate(timeout=120)[1], process.returncode) for process in running]
+    assert all("Traceback" not in said for said, _ in ended), ended
+    return [code for _, code in ended], "".join(said for said, _ in ended)
+
+
+def test_nodes_that_differ_do_not_train_together(port, tmp_path, overrides):
+    codes, said = ranks_of_two_machines(
+        port, tmp_path, overrides, ["optimizer.peak_lr=1e-3"], ["optimizer.peak_lr=5e-4"]
+    )
+    assert codes == [2, 2] and "recipe optimizer.peak_lr: 0.0005 (rank 1 on" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_on_one_node_ends_the_others_at_once(port, tmp_path, overrides):
+    began = time.monotonic()
+    codes, said = ranks_of_two_machines(port, tmp_path, overrides, [], ["data.corpus=/nowhere"])
+    assert codes == [2, 2] and "/nowhere" in said and "(rank 1 on" in said
+    codes, said = ranks_of_two_machines(port + 1, tmp_path, overrides, [], ["--recipe=unheard-of"])
+    assert codes == [2, 2] and "there is no recipe 'unheard-of'" in said
+    assert time.monotonic() - began < 100
+
+
+def test_a_node_that_never_comes_is_said(port, tmp_path, overrides):
+    (code,), said = ranks_of_two_machines(port, tmp_path, overrides, [], MINILM_RENDEZVOUS_SECONDS=1)
+    assert code == 2 and "1 of 2 ranks did not come within 1 s: rank 1" in said
