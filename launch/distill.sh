@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 if __name__ == "__main__":
     try:
-        from launch.cli import distill_rank
+        from launch.rank import distill_rank
         from launch.supervise import is_rank, launch
     except ModuleNotFoundError as error:
         message = f"{sys.executable} has no package {error.name}: activate the project's environment"

@@ -22,6 +22,7 @@ from typing import NoReturn
 import psutil
 
 from data_prep.errors import UserError
+from launch.cluster import check_cluster
 from launch.starters import rank_variables
 
 SCRIPT = Path(__file__).resolve().parent / "distill.sh"
@@ -32,15 +33,17 @@ STARTING, RUNNING = "starting", "running"
 REQUEUE = 75
 FINAL_CODES = (0, 2, 3, REQUEUE)  # done, the user's mistake, diverged, asked to stop
 GRACE_SECONDS = 120
+LEAVE_SECONDS = 300  # after a signal, for a launcher that waits for a machine that is gone
+KEEP_ALIVE = "-o ServerAliveInterval=15 -o ServerAliveCountMax=8"  # so that pdsh notices such a machine
 RESTART_SECONDS = 5
 REPEAT_SECONDS = 5
 SAY_SECONDS = 10
 _SAID = ".said"
 _LAUNCHER_VALUES = (
     *("--num_gpus", "--num_nodes", "--hostfile", "--include", "--exclude", "--node_rank"),
-    *("--master_addr", "--master_port", "--launcher", "--launcher_args"),
+    *("--master_addr", "--master_port", "--launcher", "--launcher_args", "--ssh_port"),
 )
-_LAUNCHER_FLAGS = ("--no_ssh", "--force_multi")
+_LAUNCHER_FLAGS = ("--no_ssh", "--no_ssh_check", "--force_multi")
 
 
 def launch(arguments: list[str]) -> int:
@@ -54,7 +57,11 @@ def launch(arguments: list[str]) -> int:
         anything else: the job has crashed.
     """
     launcher, ranks, restarts = split_arguments(arguments)
-    job = _Job(launcher, ranks)
+    try:
+        launcher, hosts = check_cluster(launcher)
+    except UserError as error:
+        _refuse(str(error))
+    job = _Job(launcher, ranks, hosts)
     while True:
         code = job.run()
         if code in FINAL_CODES and (code != REQUEUE or job.signalled) or job.signalled or restarts == 0:
@@ -161,14 +168,15 @@ class RankStatus:
 class _Job:
     """One job: its launcher, its ranks on this and other machines, and the signals on their way to them."""
 
-    def __init__(self, launcher: list[str], ranks: list[str]) -> None:
+    def __init__(self, launcher: list[str], ranks: list[str], hosts: list[str]) -> None:
         self._name = uuid.uuid4().hex
         self._command = [_deepspeed(), *launcher, str(SCRIPT), f"--job={self._name}", *ranks]
         self._several_machines = any(word.startswith("--hostfile=") for word in launcher)
-        self._hosts = _hosts(launcher)
+        self._hosts = hosts
         self._launcher: subprocess.Popen | None = None
         self._status: Path | None = None
         self._signal: signal.Signals | None = None
+        self._signalled_at = 0.0
         for number in FORWARDED:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
                 signal.signal(number, self._note)
@@ -184,7 +192,7 @@ class _Job:
 
     def run(self) -> int:
         self._status = Path(tempfile.mkdtemp(prefix="minilm-status-"))
-        environment = {**os.environ, JOB: self._name, STATUS: str(self._status)}
+        environment = {"PDSH_SSH_ARGS_APPEND": KEEP_ALIVE, **os.environ, JOB: self._name, STATUS: str(self._status)}
         try:
             self._launcher = subprocess.Popen(self._command, env=environment, start_new_session=True)
             code = self._wait_for_launcher()
@@ -201,6 +209,9 @@ class _Job:
             except subprocess.TimeoutExpired:
                 if self.signalled and self._hosts:
                     self._forward()  # a rank may have begun after the signal went round
+                if self.signalled and time.monotonic() - self._signalled_at > LEAVE_SECONDS:
+                    print("the launcher does not end: leaving it", file=sys.stderr)
+                    os.killpg(self._launcher.pid, signal.SIGKILL)
 
     def _statuses(self) -> list[str]:
         """What the ranks of this machine say; see `RankStatus`."""
@@ -209,6 +220,7 @@ class _Job:
 
     def _note(self, number: int, frame) -> None:
         self._signal = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
+        self._signalled_at = self._signalled_at or time.monotonic()
         self._forward()
 
     def _forward(self) -> None:
@@ -263,16 +275,6 @@ def _verdict(launcher_code: int, statuses: list[str], several_machines: bool, si
     if several_machines and not statuses and launcher_code == 0:
         return 0
     return launcher_code if launcher_code > 0 else 1
-
-
-def _hosts(launcher: list[str]) -> list[str]:
-    """The machines that DeepSpeed logs in to, by its default way, pdsh."""
-    options = dict(word.partition("=")[::2] for word in launcher)
-    path = Path(options.get("--hostfile", ""))
-    if options.get("--launcher", "pdsh") != "pdsh" or not path.is_file():
-        return []
-    lines = (line.partition("#")[0].split() for line in path.read_text().splitlines())
-    return [words[0] for words in lines if words]
 
 
 def _deepspeed() -> str:

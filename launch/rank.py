@@ -1,0 +1,86 @@
+"""One rank of a job, whoever started it: from the command line to the exit code."""
+
+import os
+import socket
+import sys
+from typing import NoReturn
+
+import click
+
+from data_prep.errors import UserError, words_of
+from launch.cli import EXIT_USER_ERROR, quiet_libraries, recipe_options
+from launch.starters import rank_variables
+from launch.streams import outlive_the_terminal
+from launch.supervise import RankStatus
+
+
+@click.command()
+@recipe_options
+@click.option("--local_rank", "--local-rank", hidden=True)
+@click.option("--job", hidden=True)
+@click.option("--num_gpus", "--num-gpus", hidden=True)
+@click.pass_obj
+def _distill_rank(
+    status,
+    recipe,
+    ds_config,
+    resume,
+    stop_at,
+    profile,
+    compile_layers,
+    skip_preflight,
+    overrides,
+    local_rank,
+    job,
+    num_gpus,
+) -> int:
+    from pipeline.engine import deepspeed_config, process_group
+    from pipeline.recipes import load_recipe
+    from pipeline.training import job as jobs
+
+    if num_gpus:
+        raise UserError("--num_gpus belongs to the launcher: deepspeed --num_gpus 2 launch/distill.sh --recipe ...")
+    options = dict(resume=resume, stop_at_step=stop_at, profile=profile, compile_layers=compile_layers)
+    options |= dict(skip_preflight=skip_preflight)
+    options["on_start"] = status.running
+    try:
+        given = load_recipe(recipe, overrides), deepspeed_config.read_ds_config(ds_config)
+    except (UserError, OSError) as error:
+        jobs.fail_together(error)
+    code = jobs.distill(*given, **options)
+    process_group.leave_process_group()
+    return code
+
+
+def distill_rank() -> None:
+    """One rank of `launch/distill.sh`, started by deepspeed, torchrun or srun."""
+    quiet_libraries()
+    outlive_the_terminal()
+    try:
+        os.environ.update(rank_variables(os.environ))
+    except UserError as error:
+        click.echo(f"distill: error: {error}", err=True)
+        sys.exit(EXIT_USER_ERROR)
+    status = RankStatus()
+    try:
+        code = _distill_rank.main(prog_name="distill.sh", standalone_mode=False, obj=status)
+    except (UserError, OSError, click.ClickException) as error:
+        words = error.format_message() if isinstance(error, click.ClickException) else words_of(error)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            words += f" [rank {os.environ.get('RANK')} on {socket.gethostname()}]"
+        status.say_once(f"distill: error: {words}")
+        _leave_at_once(status)
+    except Exception:
+        if not status.somebody_has_said_why:  # else this rank has only lost the one that ended
+            raise
+        _leave_at_once(status)
+    status.write(code)
+    sys.exit(code)
+
+
+def _leave_at_once(status) -> NoReturn:
+    """End a rank for a mistake. The threads of a process group that has lost a rank would abort an orderly end."""
+    status.write(EXIT_USER_ERROR)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_USER_ERROR)
