@@ -12,7 +12,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["data_prep*", "pipeline*", "launch", "ds_configs"]),
-    package_data={"launch": ["distill.sh", "recipes/*.toml"], "ds_configs": ["*.json", "README.md"]},
+    package_data={
+        "launch": ["distill.sh", "slurm.sbatch", "hostfile.example", "recipes/*.toml"],
+        "ds_configs": ["*.json", "README.md"],
+    },
     entry_points={"console_scripts": ["minilm=launch.cli:main"]},
     install_requires=[
         "torch>=2.6",

@@ -107,15 +107,10 @@ def test_srun_starts_ranks_of_one_job_on_both_nodes(cluster, overrides, tmp_path
 
 def test_a_warning_before_the_end_saves_and_the_job_is_requeued_and_goes_on(cluster, overrides, tmp_path):
     long = ["optimizer.steps=100000", "checkpoint.every_steps=100000", f"run.output={tmp_path / 'run'}"]
-    words = " ".join(map(str, ["srun", "bash", SCRIPT, "--recipe", "demo", *overrides, *long]))
-    script = tmp_path / "job.sbatch"
-    script.write_text(
-        f"#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1 --requeue --output={tmp_path}/log.txt --open-mode=append\n"
-        f"{words}\ncode=$?\n[ $code -eq 75 ] && [ $SLURM_RESTART_COUNT ] && exit 75\n"
-        "[ $code -eq 75 ] && scontrol requeue $SLURM_JOB_ID\nexit $code\n"
-    )
+    options = ["--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/log.txt", f"--chdir={SCRIPT.parents[1]}"]
+    batch = ["sbatch", "--parsable", *options, SCRIPT.with_name("slurm.sbatch"), "--recipe", "demo", *overrides, *long]
     log, checkpoints = tmp_path / "log.txt", tmp_path / "run" / "checkpoints"
-    job = ask(cluster, "sbatch", "--parsable", str(script)).strip()
+    job = ask({**cluster, "MINILM_PROJECT": str(SCRIPT.parents[1])}, *map(str, batch)).strip()
 
     def steps():
         return len(losses_of(tmp_path / "run")) if (tmp_path / "run" / "metrics.jsonl").exists() else 0
