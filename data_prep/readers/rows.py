@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_line
 from data_prep.readers.formats import BadRecord, Span
 
 BATCH_ROWS = 1024
@@ -44,11 +44,34 @@ def _open_parquet(path: str, field: str):
 
 
 def parquet_texts(span: Span, field: str) -> Iterator[Any]:
-    """The values of the text column in a range of row groups."""
+    """The values of the text column in a range of row groups; bytes where they are no UTF-8.
+
+    Raises:
+        UserError: a page of the file is damaged.
+    """
+    import pyarrow.lib
+
     file = _open_parquet(span.path, field)
     groups = list(range(span.start, span.stop))
-    for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[field]):
-        yield from batch.column(0).to_pylist()
+    try:
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[field]):
+            yield from _values(batch.column(0))
+    except (pyarrow.lib.ArrowException, OSError) as error:
+        raise UserError(f"{span.path} is damaged: {first_line(error)}") from error
+
+
+def _values(column) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return scalar.as_buffer().to_pybytes()
 
 
 def open_dataset(path: str, config: str, split: str, revision: str, field: str):

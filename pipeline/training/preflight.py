@@ -61,7 +61,7 @@ def check(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> Corp
             'other: use "window"; with data.packing = "none" no window holds two documents'
         )
     _check_init(recipe.student.init, recipe.student.tail_init, shape.layers, teacher.num_hidden_layers)
-    corpus = Corpus.open(recipe.data.corpus)
+    corpus = Corpus.open(recipe.data.corpus, look=_is_first_of_machine())
     _check_bytes(recipe, corpus)
     _check_tokenizer(corpus, recipe.teacher.model)
     _check_vocabulary(corpus, teacher.vocab_size, recipe.teacher.model)
@@ -83,7 +83,7 @@ def facts(recipe: Recipe, ds_config: dict[str, Any], corpus: Corpus) -> dict[str
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
     }
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if _is_first_of_machine():
         told |= {"teacher": teacher_fingerprint(recipe.teacher.model)[:12], "this project's code": _code()[:12]}
     return told
 
@@ -94,6 +94,11 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", json.dumps(value)
+
+
+def _is_first_of_machine() -> bool:
+    """Whether this rank looks at disks for all of its machine, which hear in `meeting` what it finds wrong."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _code() -> str:
@@ -214,7 +219,7 @@ def _check_init(init: str, tail_init: str, student_layers: int, teacher_layers: 
 
 def _check_bytes(recipe: Recipe, corpus: Corpus) -> None:
     """Read all shards and compare checksums if the recipe asks for it, once a machine."""
-    if recipe.data.verify == "checksums" and os.environ.get("LOCAL_RANK", "0") == "0":
+    if recipe.data.verify == "checksums" and _is_first_of_machine():
         if changed := corpus.verify():
             raise UserError(
                 f"files of the corpus {corpus.folder} differ from their checksums: {', '.join(changed[:5])}"

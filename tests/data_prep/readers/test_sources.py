@@ -206,6 +206,27 @@ def test_what_follows_a_compressed_file_and_is_no_stream_is_damage(tmp_path, suf
         assert texts in ([], ["one"]) and isinstance(bad, BadRecord) and "truncated or damaged" in bad.describe()
 
 
+def test_parquet_columns_that_hold_no_text_are_bad_records_row_by_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    offsets = pyarrow.array([0, 1, 3], pyarrow.int32()).buffers()[1]
+    broken = pyarrow.StringArray.from_buffers(2, offsets, pyarrow.py_buffer(b"a\xff\xfe"))
+    columns = [([1, 2], "int"), (["a", None], "NoneType"), ([["a"], ["b"]], "list"), ([{"x": "a"}], "dict")]
+    for values, kind in [*columns, ([b"a", b"b"], "bytes"), (broken, "bytes")]:
+        pyarrow.parquet.write_table(pyarrow.table({"text": values}), path)
+        bad = items_of(Source.parse(f"parquet:{path}"))[-1]
+        assert isinstance(bad, BadRecord) and f"holds {kind}, expected a string" in bad.describe()
+
+
+def test_a_damaged_page_of_parquet_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["some words to compress"] * 9000}), path, compression="zstd")
+    whole = bytearray(path.read_bytes())
+    whole[30:60] = bytes(30)
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="a.parquet is damaged"):
+        items_of(Source.parse(f"parquet:{path}"))
+
+
 def test_half_a_surrogate_is_a_bad_record_escaped_or_raw(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n{"text": "a\xed\xa0\x80b"}\n{"text": "a\\ud800b"}\n{"text": "two"}\n')

@@ -160,6 +160,25 @@ def test_a_dead_worker_is_reported_with_its_units(start, tmp_path, uninterrupted
     assert files_of(tmp_path / "c") == uninterrupted
 
 
+def test_a_worker_that_stands_still_and_files_of_others_change_nothing(start, tmp_path, uninterrupted):
+    """Stopped for a while, as by a laptop's lid; then killed, with files there that no run has written."""
+    process = start()
+    wait_for(lambda: len(records(tmp_path / "c")) >= 2, process)
+    workers = [pid for pid in children(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(workers[0], signal.SIGSTOP)
+    time.sleep(1.5)
+    os.kill(workers[0], signal.SIGCONT)
+    wait_for(lambda: len(records(tmp_path / "c")) >= 4, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for folder in (tmp_path / "c" / ".work" / "parts").iterdir():
+        for name in ("notes.json", "000001-x.json", "000000-00001.json.partial", "x-00001.json", ".hidden"):
+            (folder / name).write_text("mine")
+        (folder / "folder.json").mkdir()
+    assert start().wait(timeout=120) == 0
+    assert files_of(tmp_path / "c") == uninterrupted
+
+
 def test_a_file_system_that_takes_no_more(start, tmp_path, uninterrupted):
     """A limit on file sizes stops the first shard as a full disk would; what was finished stays."""
     process = start()
