@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers import AutoConfig, AutoModel
 
 from data_prep.errors import UserError
 from pipeline.encoders.architectures import ARCHITECTURES, architecture_of, position_limit
@@ -13,10 +14,13 @@ from pipeline.encoders.models import (
     StudentShape,
     build_student,
     load_teacher,
+    student_config,
     tail_parameter_names,
     teacher_config,
 )
+from pipeline.recipes import load_recipe, shipped_recipes
 from pipeline.relations.loss import layerwise_relation_loss
+from pipeline.training.build import student_shape
 
 LAYERS, VOCABULARY, POSITIONS = 4, 99, 48
 SIZES = dict(
@@ -333,3 +337,39 @@ def test_one_compiled_form_serves_batches_of_any_length():
             for a, b in zip(student(ids, mask), theirs, strict=True):
                 torch.testing.assert_close(a[real], b[real], rtol=1e-4, atol=1e-5)
     assert graphs() - began <= 1
+
+
+TEACHERS = {  # what decides the number of parameters of the paper's teachers
+    "bert-base": ("bert", dict(vocab_size=30522)),
+    "bert-large": ("bert", dict(vocab_size=30522)),
+    "roberta-large": ("roberta", dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)),
+    "xlmr-large": ("xlm-roberta", dict(vocab_size=250002, max_position_embeddings=514, type_vocab_size=1)),
+}
+PUBLISHED = {  # millions, of the students that the authors have put out
+    "roberta-large-6x768": 81,
+    "roberta-large-12x384": 41,
+    "roberta-large-6x384": 30,
+    "bert-large-6x768": 66,
+    "bert-large-6x384": 22,
+    "bert-base-6x768": 66,
+    "bert-base-6x384": 22,
+    "xlmr-large-12x384": 117,
+    "xlmr-large-6x384": 107,
+}
+
+
+def test_all_published_students_have_a_recipe():
+    assert PUBLISHED.keys() == set(shipped_recipes()) - {"demo"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_students_of_the_recipes_have_the_published_sizes(name):
+    recipe = load_recipe(name)
+    kind, sizes = TEACHERS[name.rpartition("-")[0]]
+    large = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    teacher = AutoConfig.for_model(kind, **sizes, **(large if "large" in name else {}))
+    assert recipe.teacher.layer <= teacher.num_hidden_layers and teacher.hidden_size % recipe.relations.heads == 0
+    config = student_config(student_shape(recipe), teacher, family=recipe.student.family, dropout=0.1)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModel.from_config(config, add_pooling_layer=False).parameters())
+    assert abs(count / 1e6 - PUBLISHED[name]) < 1
