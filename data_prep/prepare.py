@@ -48,7 +48,8 @@ def prepare(
     Args:
         request: what to make; an unfinished or finished corpus made from another request is refused.
         out: folder of the corpus.
-        workers: processes (local; 0: this one) or tasks at a time (ray); all cores when None.
+        workers: processes (local; 0: this one) or tasks at a time (ray); when None all cores, or this process
+            where starting others would take longer than the work.
         engine: "local" or "ray".
         ray_address: the Ray cluster to join; a running one, or a new local one, when None.
         show_progress: a bar on a terminal, a line now and then elsewhere.
@@ -59,7 +60,7 @@ def prepare(
     request.check()
     out = Path(out).absolute()
     try:
-        return _prepare(request, out, lambda: open_engine(engine, workers, ray_address), show_progress)
+        return _prepare(request, out, lambda size: open_engine(engine, workers, ray_address, size), show_progress)
     except OSError as error:
         name = str(error.filename or out)
         name = name if len(name) <= MOST_NAME else f"{name[: MOST_NAME // 2]}...{name[-MOST_NAME // 2 :]}"
@@ -115,7 +116,7 @@ def _prepare(request: PrepareRequest, out: Path, start_engine: Callable, show_pr
         total = sum(unit.input_bytes for _, planned in plans for unit in planned)
         with contextlib.ExitStack() as stack:
             progress = stack.enter_context(contextlib.closing(Progress(total, show=show_progress)))
-            running = stack.enter_context(contextlib.closing(start_engine()))
+            running = stack.enter_context(contextlib.closing(start_engine(total)))
             run = Assembly(plans, running, options, out, request.shard_bytes, request.unit_bytes, progress)
             shards, counts, shortened = run.run()
         _check_result(out, work, counts)

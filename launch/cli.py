@@ -175,7 +175,11 @@ def _console():
 @click.option("--shard-bytes", metavar="SIZE", help="Size of a shard, such as 500MB.  [default: 1GB]")
 @click.option("--on-bad-record", type=click.Choice(["stop", "skip"]), help="skip counts them.  [default: stop]")
 @click.option("--encoder", type=click.Choice(["auto", "reference"]), help="reference is slow.  [default: auto]")
-@click.option("--workers", type=int, help="Processes (0: the command's own), or tasks at a time; all cores by default.")
+@click.option(
+    "--workers",
+    type=int,
+    help="Processes (0: the command's own), or tasks at a time.  [default: all cores; 0 for little input]",
+)
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--ray-address", help="Ray cluster to join; RAY_ADDRESS or a new local one by default.")
 def prepare(out, source_texts, corpus, shard_bytes, workers, engine, ray_address, **options) -> None:

@@ -45,14 +45,11 @@ _SISTER = re.compile(r"wikt(?:ionary)?$|commons$|species$|[a-z]+:?(?:wikt|common
 _HEADING = re.compile(r"(={1,6})(.+?)\1\s*$")
 _ROW = re.compile(r"\{\||[|!]|(?:\[\[)?(?:File|Image):", re.IGNORECASE)  # of a table or gallery that was never closed
 _HOLE = "\x02"  # where a template stood that is no text
-_HOLE_RUNS = re.compile(rf"{_HOLE}(?: ?{_HOLE})+")
-_HOLE_AFTER_OPENING = re.compile(rf"(?<=\(){_HOLE} ?")
-_HOLE_IN_LIST = re.compile(rf"(?<=([,.])) ?{_HOLE} ?\1")
-_HOLE_BEFORE_STOP = re.compile(rf" ?{_HOLE} ?(?=[,.;:!?)\]])")
-_HOLES = re.compile(rf"( ?){_HOLE}( ?)")
+_STOPS = frozenset(",.;:!?)]")  # with no space before them
 _SEAM = "\x03"  # where a tag was cut out, so that marks of bold and italic on either side stay two
 _AFTER_OPENING = re.compile(r"\((?:\s*[;,])+\s*")
-_EMPTY_PARENTHESES = re.compile(r" ?\((?:[\s,;:]|see)*\)")
+_EMPTY_PARENTHESES = re.compile(r"\((?:[\s,;:]|see)*\)")
+_WITH_SPACE_BEFORE = re.compile(rf" ?{_EMPTY_PARENTHESES.pattern}")
 _SPACES = re.compile(r"[ \t\u00a0]+")
 _APOSTROPHES = re.compile(r"'{2,}")
 _DEEPEST = 64  # constructs inside of each other that are looked at; deeper ones lose their delimiters alone
@@ -68,17 +65,38 @@ def clean(wikitext: str, dropped: frozenset[str] = ENGLISH_NAMES) -> str:
     text = "".join(_walk("\n" + without_comments(wikitext), dropped))
     text = "\n".join(map(_plain_apostrophes, text.split("\n")))
     text = _TAGS.sub("", _BREAKS.sub("\n", _SWITCH.sub("", text))).replace(_SEAM, "")
-    text = _BARE_ADDRESS.sub(_HOLE, _EXTERNAL.sub(lambda found: found.group(1) or _HOLE, text))
-    text = _close_holes(html.unescape(text)) if _HOLE in text else html.unescape(text)
-    return _tidy(_EMPTY_PARENTHESES.sub("", _AFTER_OPENING.sub("(", text)))
+    text = _EXTERNAL.sub(lambda found: found.group(1) or _HOLE, text)
+    if "://" in text:
+        text = _BARE_ADDRESS.sub(_HOLE, text)
+    text = _SPACES.sub(" ", html.unescape(text))
+    if _HOLE in text:
+        text = _close_holes(text)
+    text = _AFTER_OPENING.sub("(", text)
+    if _EMPTY_PARENTHESES.search(text):
+        text = _WITH_SPACE_BEFORE.sub("", text)
+    return _tidy(text)
 
 
 def _close_holes(text: str) -> str:
     """What a reader would not miss where something is left out: no space before a stop, no two spaces, no ", ,"."""
-    text = _HOLE_RUNS.sub(_HOLE, _SPACES.sub(" ", text))
-    text = _HOLE_IN_LIST.sub("", text)
-    text = _HOLE_BEFORE_STOP.sub("", _HOLE_AFTER_OPENING.sub("", text))
-    return _HOLES.sub(lambda found: " " if found.group(1) or found.group(2) else "", text)
+    first, *rest = text.split(_HOLE)
+    made = [first.rstrip(" ")]
+    before, space = first.rstrip(" ")[-1:], first.endswith(" ")
+    for part in rest:
+        body = part.lstrip(" ")
+        space = space or len(body) < len(part)
+        if not body:  # another hole follows
+            continue
+        if body[0] in _STOPS:
+            space = False
+            if body[0] in ",." and body[0] == before:
+                body = body[1:]
+        elif before == "(":
+            space = False
+        made.append(" " if space else "")
+        made.append(body.rstrip(" "))
+        space, before = body.endswith(" "), body.rstrip(" ")[-1:] or before
+    return "".join(made)
 
 
 def without_comments(text: str) -> str:
@@ -260,7 +278,7 @@ def _tidy(text: str) -> str:
     """One paragraph a line, a blank line before headings, no headings without text below them."""
     lines: list[tuple[int, str]] = []  # level of a heading, or 9, and the line
     for raw in text.split("\n"):
-        line = _SPACES.sub(" ", raw).strip()
+        line = raw.strip()
         if not line:
             continue
         if line[0] == "=" and (found := _HEADING.match(line)):

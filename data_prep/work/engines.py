@@ -20,12 +20,17 @@ from data_prep.work.assembly import unread_blocks
 RAY_RETRIES = 5
 
 
-def open_engine(name: str, workers: int | None, ray_address: str | None):
+SMALL_BYTES = 2 << 20  # of input, for which no processes are started unless they are asked for
+
+
+def open_engine(name: str, workers: int | None, ray_address: str | None, input_bytes: int):
     if workers is not None and workers < 0:
         raise UserError(f"{workers} workers: expected at least 1, or 0 to work in the process itself.")
     if name == "ray":
         return RayEngine(workers, ray_address)
     if name == "local":
+        if workers is None and input_bytes < SMALL_BYTES:
+            return InlineEngine()
         return InlineEngine() if workers == 0 else LocalEngine(workers or len(os.sched_getaffinity(0)))
     raise UserError(f"engine {name!r}: expected local or ray.")
 
