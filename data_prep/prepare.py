@@ -101,17 +101,7 @@ def _prepare(request: PrepareRequest, out: Path, start_engine: Callable, show_pr
         plans = [(source, list(sources.plan(source, request.unit_bytes))) for source in expanded]
         _save(tokenizer.save, out / "tokenizer")
         _save(tokenizer.encoder.save, work / "encoder")
-        options = UnitOptions(
-            encoder_folder=str(work / "encoder"),
-            work_folder=str(work),
-            dtype=token_dtype(tokenizer.vocabulary_tokens),
-            sep_id=tokenizer.sep_id,
-            unknown_id=tokenizer.unknown_id,
-            validation_fraction=request.validation_fraction,
-            min_tokens=request.min_tokens,
-            limit_documents=request.limit_documents,
-            on_bad_record=request.on_bad_record,
-        )
+        options = _unit_options(request, tokenizer, work)
         del tokenizer  # a large vocabulary takes half a gigabyte, which the work itself may need
         total = sum(unit.input_bytes for _, planned in plans for unit in planned)
         with contextlib.ExitStack() as stack:
@@ -125,6 +115,20 @@ def _prepare(request: PrepareRequest, out: Path, start_engine: Callable, show_pr
         durable.write(out / "manifest.json", manifest.to_json())
     shutil.rmtree(work)
     return Corpus.open(out)
+
+
+def _unit_options(request: PrepareRequest, tokenizer: Tokenizer, work: Path) -> UnitOptions:
+    return UnitOptions(
+        encoder_folder=str(work / "encoder"),
+        work_folder=str(work),
+        dtype=token_dtype(tokenizer.vocabulary_tokens),
+        sep_id=tokenizer.sep_id,
+        unknown_id=tokenizer.unknown_id,
+        validation_fraction=request.validation_fraction,
+        min_tokens=request.min_tokens,
+        limit_documents=request.limit_documents,
+        on_bad_record=request.on_bad_record,
+    )
 
 
 def _open_finished(out: Path) -> Corpus:

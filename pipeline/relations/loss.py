@@ -92,7 +92,7 @@ def relation_loss(
         losses = _reference(teacher, student, heads, pairs, mask, document_ids)
         total = sum(weight * losses[i] for i, weight in enumerate(pairs.values()))
     else:
-        total, losses = _GradientInForward.apply(
+        total, losses = _LossAndGradient.apply(
             _fused(implementation), teacher, heads, pairs, mask, document_ids, _wants_gradient(student), *student
         )
     return RelationLoss(total=total, per_pair=dict(zip(pairs, losses.detach().unbind(), strict=True)))
@@ -223,15 +223,18 @@ def _reference(teacher: QKV, student: QKV, heads: int, pairs, mask: Tensor | Non
 # --- fused: loss and gradient in one pass ----------------------------------------------------------------------------
 
 
-class _GradientInForward(torch.autograd.Function):
-    """Loss and gradient together; backward only scales. `compute` is `blockwise_losses` or `kernel_losses`."""
+class _LossAndGradient(torch.autograd.Function):
+    """The loss, whose gradient is made in the same pass: backward only scales it.
+
+    `fill` is `blockwise_losses` or `kernel_losses`: gives the loss of each pair and adds to the gradients it is handed.
+    """
 
     @staticmethod
-    def forward(ctx, compute, teacher: QKV, heads: int, pairs, mask, documents, wants_gradient: bool, *student: Tensor):
+    def forward(ctx, fill, teacher: QKV, heads: int, pairs, mask, documents, wants_gradient: bool, *student: Tensor):
         dtype = _compute_dtype(*teacher, *student)
         # Contiguous whatever the student's layout is: implementations write into views of them.
         grads = tuple(x.new_zeros(x.shape, dtype=dtype) for x in student) if wants_gradient else ()
-        losses = compute(QKV(*teacher), QKV(*student), grads, heads, pairs, mask, documents)
+        losses = fill(QKV(*teacher), QKV(*student), grads, heads, pairs, mask, documents)
         total = losses @ losses.new_tensor(list(pairs.values()))
         ctx.save_for_backward(*grads)
         ctx.dtypes = [x.dtype for x in student]
