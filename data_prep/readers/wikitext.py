@@ -12,6 +12,7 @@ loses its delimiter alone; its text stays. Every walk is linear in the text.
 import html
 import re
 
+from data_prep.readers.apostrophes import without_marks
 from data_prep.readers.templates import arguments, words_of
 
 ENGLISH_NAMES = frozenset({"media", "file", "image", "category"})
@@ -51,7 +52,6 @@ _AFTER_OPENING = re.compile(r"\((?:\s*[;,])+\s*")
 _EMPTY_PARENTHESES = re.compile(r"\((?:[\s,;:]|see)*\)")
 _WITH_SPACE_BEFORE = re.compile(rf" ?{_EMPTY_PARENTHESES.pattern}")
 _SPACES = re.compile(r"[ \t\u00a0]+")
-_APOSTROPHES = re.compile(r"'{2,}")
 _DEEPEST = 64  # constructs inside of each other that are looked at; deeper ones lose their delimiters alone
 
 
@@ -63,7 +63,7 @@ def clean(wikitext: str, dropped: frozenset[str] = ENGLISH_NAMES) -> str:
         dropped: names of the namespaces of files and categories in the wiki's own language, case-folded.
     """
     text = "".join(_walk("\n" + without_comments(wikitext), dropped))
-    text = "\n".join(map(_plain_apostrophes, text.split("\n")))
+    text = "\n".join(map(without_marks, text.split("\n")))
     text = _TAGS.sub("", _BREAKS.sub("\n", _SWITCH.sub("", text))).replace(_SEAM, "")
     text = _EXTERNAL.sub(lambda found: found.group(1) or _HOLE, text)
     if "://" in text:
@@ -241,37 +241,6 @@ def _close_template(pieces: list[str], first: int, depth: int) -> None:
         pieces[first:] = [_HOLE]
     else:
         pieces[first:] = [words(arguments("".join(pieces[first:]).replace(_HOLE, ""))) or _HOLE]
-
-
-def _plain_apostrophes(line: str) -> str:
-    """A line without the marks of bold and italic, by MediaWiki's rules: what does not pair is an apostrophe."""
-    if "''" not in line:
-        return line
-    runs = list(_APOSTROPHES.finditer(line))
-    lengths = [run.end() - run.start() for run in runs]
-    left = [1 if n == 4 else max(0, n - 5) for n in lengths]
-    marks = [3 if n == 4 else min(n, 5) for n in lengths]
-    bold, italic = sum(n in (3, 5) for n in marks), sum(n in (2, 5) for n in marks)
-    if (
-        bold % 2 and italic % 2
-    ):  # one of the bold marks is an apostrophe and italic: the one behind a word of one letter
-        candidates = [i for i, n in enumerate(marks) if n == 3]
-        if candidates:
-            chosen = min(candidates, key=lambda i: (_rank(line, runs[i].start()), i))
-            left[chosen] += 1
-    parts, at = [], 0
-    for run, extra in zip(runs, left, strict=True):
-        parts += [line[at : run.start()], "'" * extra]
-        at = run.end()
-    return "".join([*parts, line[at:]])
-
-
-def _rank(line: str, start: int) -> int:
-    """Which unpaired bold mark is an apostrophe first: after one letter, after a longer word, after a space."""
-    before = line[max(0, start - 2) : start]
-    if not before or before[-1] == " ":
-        return 2
-    return 0 if len(before) == 2 and before[0] == " " else 1
 
 
 def _tidy(text: str) -> str:

@@ -52,6 +52,7 @@ def test_step_seeds_differ_between_steps_ranks_and_seeds():
     assert step_seed(1, 2, 3) == step_seed(1, 2, 3)
 
 
+@pytest.mark.slow
 def test_several_pairs_of_layers_on_request(distill, tmp_path):
     distill(
         tmp_path / "run", "relations.layers=[[3, 2, 0.5], [6, 3, 1.0]]", "optimizer.steps=2", "optimizer.warmup_steps=1"
@@ -62,6 +63,7 @@ def test_several_pairs_of_layers_on_request(distill, tmp_path):
     assert abs(loss - sum(weights[name] * part for name, part in parts.items())) < 1e-5
 
 
+@pytest.mark.slow
 def test_profile_writes_a_trace_and_changes_nothing(runs, distill, tmp_path):
     distill(tmp_path / "run", "--profile")
     assert list((tmp_path / "run" / "profile").glob("rank0*.pt.trace.json"))
