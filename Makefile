@@ -36,7 +36,7 @@ demo: setup
 	@echo "Curves: tensorboard --logdir $(RUNS)/demo/run/tensorboard"
 
 test: setup
-	pytest -n logical --maxprocesses 4 --dist loadfile -m "not slow and not exhaustive and not gpu"
+	pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not exhaustive and not gpu"
 
 test-slow: $(READY_SLOW)
 	pytest -m "slow and not gpu"

@@ -23,6 +23,25 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "distill.sh"
 
 
+# Files that take a minute or so each: first, so that no worker is left alone with one at the end.
+LONG_FILES = (
+    *(
+        "test_stages.py",
+        "test_trainer.py",
+        "test_strangers.py",
+        "test_checkpoint.py",
+        "test_cli.py",
+        "test_distill_sh.py",
+    ),
+    *("test_kernel.py", "test_step.py", "test_placement.py", "test_restart.py", "test_meeting.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Samples:
     """Real text and a real teacher, fetched once and checked."""
