@@ -162,6 +162,7 @@ class Corpus:
         self.manifest = manifest
         self.fingerprint = fingerprint
         self._tokens: dict[str, np.ndarray] = {}
+        self._checked_indexes: set[str] = set()
 
     @classmethod
     def open(cls, folder: str | Path, *, look: bool = True) -> "Corpus":
@@ -204,13 +205,15 @@ class Corpus:
         return self._tokens[shard.path]
 
     def index(self, shard: ShardInfo) -> Index:
-        """Lengths and offsets of the documents of a shard, read once to see that they fit together.
+        """Lengths and offsets of the documents of a shard, mapped; read through the first time, to see that they fit.
 
         Raises:
             UserError: they do not, so that documents would be read from wrong places.
         """
         path = self.folder / f"{shard.path}.idx"
         index = read_index(path)
+        if shard.path in self._checked_indexes:
+            return index
         ends = np.cumsum(index.lengths, dtype=np.int64)
         starts = (ends - index.lengths) * np.dtype(self.manifest.dtype).itemsize
         whole = len(ends) == shard.documents and shard.tokens == (ends[-1] if len(ends) else 0)
@@ -225,6 +228,7 @@ class Corpus:
                 f"{path} is damaged: its lengths, offsets and bounds do not fit together. Copy or prepare the corpus "
                 "again."
             )
+        self._checked_indexes.add(shard.path)
         return index
 
     def verify(self, workers: int | None = None) -> list[str]:
