@@ -197,7 +197,7 @@ class _Job:
             self._launcher = subprocess.Popen(self._command, env=environment, start_new_session=True)
             code = self._wait_for_launcher()
             self._outlive_ranks()
-            return _verdict(code, self._statuses(), self._several_machines, self.signalled)
+            return _verdict(code, self._statuses(), self._several_machines, self._signal)
         finally:
             folder, self._status = self._status, None
             shutil.rmtree(folder, ignore_errors=True)
@@ -262,14 +262,17 @@ class _Job:
                 return
 
 
-def _verdict(launcher_code: int, statuses: list[str], several_machines: bool, signalled: bool) -> int:
+def _verdict(launcher_code: int, statuses: list[str], several_machines: bool, signalled: signal.Signals | None) -> int:
     """The ranks' own word if all of this machine left one, and the same; else the launcher's.
 
-    A job that was told to stop before any rank had anything to save has lost nothing. The launcher's success is
-    believed only where no rank runs on this machine to confirm it.
+    A job that was told to stop before any rank had anything to save has lost nothing: no rank of this machine says that
+    it runs, or none says anything and the signal itself has ended those of other machines, as it ends none that runs.
+    The launcher's success is believed only where no rank runs on this machine to confirm it.
     """
-    if signalled and set(statuses) <= {STARTING, str(REQUEUE)} and (statuses or not several_machines):
-        return REQUEUE
+    if signalled and set(statuses) <= {STARTING, str(REQUEUE)}:
+        by_the_signal = launcher_code in (128 + signalled, 256 - signalled)
+        if statuses or by_the_signal or not several_machines:
+            return REQUEUE
     if len(set(statuses)) == 1 and statuses[0] not in (STARTING, RUNNING):
         return int(statuses[0])
     if several_machines and not statuses and launcher_code == 0:

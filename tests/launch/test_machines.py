@@ -79,9 +79,11 @@ def test_a_job_started_from_a_third_machine_can_be_stopped(machines, small_run, 
     assert list((tmp_path / "run" / "checkpoints").glob("*/complete.json")), log.read_text()
 
 
-def test_a_signal_while_they_start_ends_all(machines, small_run, tmp_path):
+@pytest.mark.parametrize("seconds", [2, 4, 5])
+def test_a_signal_while_they_start_ends_all(seconds, machines, small_run, tmp_path):
+    """While the machines are logged in to, while ranks begin, while they load."""
     job = start(tmp_path, machines, *small_run)
-    time.sleep(4)
+    time.sleep(seconds)
     job.send_signal(signal.SIGTERM)
     assert job.wait(60) == 75, (tmp_path / "log.txt").read_text()
     assert not psutil.wait_procs(processes(tmp_path), timeout=20)[1]
