@@ -17,7 +17,7 @@ class UserError(Exception):
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's own words, or its class where it has none: for a message of ours."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def words_of(error: UserError | OSError) -> str:

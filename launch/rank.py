@@ -41,8 +41,7 @@ def _distill_rank(
     if num_gpus:
         raise UserError("--num_gpus belongs to the launcher: deepspeed --num_gpus 2 launch/distill.sh --recipe ...")
     options = dict(resume=resume, stop_at_step=stop_at, profile=profile, compile_layers=compile_layers)
-    options |= dict(skip_preflight=skip_preflight)
-    options["on_start"] = status.running
+    options |= dict(skip_preflight=skip_preflight, on_start=status.running)
     try:
         given = load_recipe(recipe, overrides), deepspeed_config.read_ds_config(ds_config)
     except (UserError, OSError) as error:

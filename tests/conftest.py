@@ -25,15 +25,17 @@ SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "distill.sh"
 
 # Files that take a minute or so each: first, so that no worker is left alone with one at the end.
 LONG_FILES = (
-    *(
-        "test_stages.py",
-        "test_trainer.py",
-        "test_strangers.py",
-        "test_checkpoint.py",
-        "test_cli.py",
-        "test_distill_sh.py",
-    ),
-    *("test_kernel.py", "test_step.py", "test_placement.py", "test_restart.py", "test_meeting.py"),
+    "test_stages.py",
+    "test_trainer.py",
+    "test_strangers.py",
+    "test_checkpoint.py",
+    "test_cli.py",
+    "test_distill_sh.py",
+    "test_kernel.py",
+    "test_step.py",
+    "test_placement.py",
+    "test_restart.py",
+    "test_meeting.py",
 )
 
 
@@ -88,6 +90,12 @@ def corpus_folder(samples: Samples, tmp_path_factory: pytest.TempPathFactory) ->
 def small_run(samples: Samples, corpus_folder: Path) -> list[str]:
     """Overrides that make the demo recipe a matter of seconds, with a real teacher."""
     return [f"teacher.model={samples.teacher}", f"data.corpus={corpus_folder}", *toy.SIX_STEPS]
+
+
+@pytest.fixture(scope="session")
+def toy_overrides(samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that make the demo recipe train a toy, with a random teacher."""
+    return toy.make(tmp_path_factory.mktemp("toy"), samples.leads())
 
 
 @pytest.fixture(scope="session")

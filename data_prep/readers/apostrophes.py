@@ -14,13 +14,10 @@ def without_marks(line: str) -> str:
     left = [1 if n == 4 else max(0, n - 5) for n in lengths]
     marks = [3 if n == 4 else min(n, 5) for n in lengths]
     bold, italic = sum(n in (3, 5) for n in marks), sum(n in (2, 5) for n in marks)
-    if (
-        bold % 2 and italic % 2
-    ):  # one of the bold marks is an apostrophe and italic: the one behind a word of one letter
-        candidates = [i for i, n in enumerate(marks) if n == 3]
-        if candidates:
-            chosen = min(candidates, key=lambda i: (_rank(line, runs[i].start()), i))
-            left[chosen] += 1
+    candidates = [i for i, n in enumerate(marks) if n == 3]
+    if bold % 2 and italic % 2 and candidates:
+        # one of the bold marks is an apostrophe and italic: the one behind a word of one letter
+        left[min(candidates, key=lambda i: (_rank(line, runs[i].start()), i))] += 1
     parts, at = [], 0
     for run, extra in zip(runs, left, strict=True):
         parts += [line[at : run.start()], "'" * extra]

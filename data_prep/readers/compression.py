@@ -56,22 +56,17 @@ class Streams:
 
     def read(self, size: int) -> bytes:
         """Up to `size` bytes, none only at the end."""
-        data = b""
         while True:
+            more = b""
             if self._stream.eof:
                 # zeros may fill up a file
-                rest = self._stream.unused_data.lstrip(b"\0") or self._raw.read(READ_BYTES).lstrip(b"\0")
-                if not rest:
+                more = self._stream.unused_data.lstrip(b"\0") or self._raw.read(READ_BYTES).lstrip(b"\0")
+                if not more:
                     return b""
                 self._stream = self._start()
-                data = self._stream.decompress(rest, size)
-            elif self._stream.needs_input:
-                if not (more := self._raw.read(READ_BYTES)):
-                    raise EOFError("it ends in the middle of a stream")
-                data = self._stream.decompress(more, size)
-            else:
-                data = self._stream.decompress(b"", size)
-            if data:
+            elif self._stream.needs_input and not (more := self._raw.read(READ_BYTES)):
+                raise EOFError("it ends in the middle of a stream")
+            if data := self._stream.decompress(more, size):
                 return data
 
 

@@ -85,9 +85,8 @@ def open_dataset(path: str, config: str, split: str, revision: str, field: str):
         else:
             table = datasets.load_dataset(path, config or None, split=split, revision=revision or None)
     except Exception as error:  # the library raises many kinds for a wrong name, no network and bad files
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"hub dataset {path!r} (config {config!r}, split {split!r}) cannot be opened: {first_line}"
+            f"hub dataset {path!r} (config {config!r}, split {split!r}) cannot be opened: {first_line(error)}"
         ) from error
     if field not in table.column_names:
         raise UserError(f"{path} has no column {field!r}, only {', '.join(table.column_names)}.")

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import durable
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_line
 from data_prep.tokens import tokenizer_files
 from data_prep.tokens.guard import SEPARATOR, Guard, Spaces
 from data_prep.tokens.seams import Seams, find_seams, parts_of
@@ -96,7 +96,7 @@ class Encoder:
         fast = _read_fast(canonical) if mode == "auto" and cuts <= _KNOWN_CUTS else None
         encoder = cls(reference, fast, added, seams, mind_spaces="ByteLevel" in cuts)
         if encoder._guard and encoder._guard.disagreements(3):
-            return cls(reference, None, added, seams)
+            return encoder.by_reference()
         return encoder
 
     @classmethod
@@ -292,7 +292,7 @@ class Tokenizer:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
         except Exception as error:  # a missing folder, no network, a missing converter: each its own kind
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             raise UserError(
                 f"no tokenizer could be loaded from {str(source)!r}: {reason.rstrip('.')}. Expected a Hugging Face "
                 "model id, or a folder with tokenizer.json or sentencepiece.bpe.model."

@@ -57,12 +57,12 @@ class _SourceState:
     source: Source
     units: list[Unit]
     planner: ShardPlanner
+    done_blocks: dict[int, set[int]]
     unit: int = 0
     block: int = 0
     is_assembled: bool = False
     counts: Counter = field(default_factory=Counter)
     shortened: list[str] = field(default_factory=list)
-    done_blocks: dict[int, set[int]] = field(default_factory=dict)
 
 
 class Assembly:
@@ -79,11 +79,10 @@ class Assembly:
                 source,
                 planned,
                 ShardPlanner(source.name, source.language, options.dtype, shard_bytes, options.limit_documents),
+                done_blocks(source.name, self._work),
             )
             for source, planned in plans
         ]
-        for state in self._states:
-            state.done_blocks = done_blocks(state.source.name, self._work)
         self._by_name = {state.source.name: state for state in self._states}
         self._pending: dict[Future, tuple] = {}
         self._shards: list[ShardInfo] = []

@@ -18,8 +18,6 @@ from data_prep.readers.formats import Block
 from data_prep.work.assembly import unread_blocks
 
 RAY_RETRIES = 5
-
-
 SMALL_BYTES = 2 << 20  # of input, for which no processes are started unless they are asked for
 
 
@@ -30,7 +28,7 @@ def open_engine(name: str, workers: int | None, ray_address: str | None, input_b
         return RayEngine(workers, ray_address)
     if name == "local":
         if workers is None and input_bytes < SMALL_BYTES:
-            return InlineEngine()
+            workers = 0
         return InlineEngine() if workers == 0 else LocalEngine(workers or len(os.sched_getaffinity(0)))
     raise UserError(f"engine {name!r}: expected local or ray.")
 

@@ -93,7 +93,8 @@ def _encode(
         counts["dropped_short"] += int((lengths < max(1, options.min_tokens)).sum())
         if counts["documents"] == options.limit_documents:
             break
-    record = {**counts, **({"shortened_titles": shortened} if shortened else {})}
+    titles = {"shortened_articles": len(shortened), "shortened_titles": shortened} if shortened else {}
+    record = {**counts, **titles}
     return tokens, np.concatenate(signed_lengths) if signed_lengths else np.zeros(0, dtype=np.int32), record
 
 
@@ -117,7 +118,6 @@ def _batches(
             counts["bad_records"] += 1
             continue
         if isinstance(item, ShortenedArticle):
-            counts["shortened_articles"] += 1
             shortened.append(item.title)
         texts.append(item)
         characters += len(item)

@@ -63,12 +63,12 @@ def meet(store: dist.Store, report: Report, *, rank: int, world_size: int, secon
         raise UserError(answer)
 
 
-def verdict(reports: Sequence[Report | None], seconds: float) -> str:
+def verdict(reports: Sequence[Report | None], seconds: float = 0) -> str:
     """What is wrong among the reports of all ranks, in their order; "" if nothing is.
 
     Args:
         reports: None for a rank that did not come.
-        seconds: how long it was waited for.
+        seconds: how long those were waited for.
     """
     there = [(rank, report) for rank, report in enumerate(reports) if report is not None]
     if mistakes := [(rank, report) for rank, report in there if report.mistake]:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_line
 from pipeline.config import Teacher
 from pipeline.encoders.architectures import without_pooler
 from pipeline.encoders.models import RelationEncoder, load_teacher, teacher_config, with_layers
@@ -143,7 +143,7 @@ def _cached(model: str, name: str) -> str:
     try:
         return cached_file(os.path.expanduser(model), name)
     except OSError as error:
-        raise UserError(f"cannot find {name} of {model!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot find {name} of {model!r}: {first_line(error)}") from error
 
 
 def weight_files(model: str) -> list[Path]:
@@ -155,7 +155,7 @@ def weight_files(model: str) -> list[Path]:
         names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else []
         return [Path(cached_file(model, name)) for name in names or ["model.safetensors"]]
     except OSError as error:
-        raise UserError(f"cannot find the safetensors weights of {model!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot find the safetensors weights of {model!r}: {first_line(error)}") from error
 
 
 def _zero3_config(teacher: Teacher, kind: str, ds_config: dict[str, Any]) -> dict[str, Any]:

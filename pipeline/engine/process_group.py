@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.errors import UserError
+from pipeline.engine import ranks
 from pipeline.engine.meeting import Report, meet, verdict
 from pipeline.engine.operators import import_deepspeed
 
@@ -37,13 +38,11 @@ def init_distributed(report: Report | None = None, *, timeout_seconds: int = 180
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     report = report or Report(host=socket.gethostname())
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    seconds = float(os.environ.get("MINILM_RENDEZVOUS_SECONDS", RENDEZVOUS_SECONDS))
     if dist.is_initialized():  # by a program that runs several jobs
-        reports: list[Report] = [report] * world_size
-        dist.all_gather_object(reports, report)
-        if problem := verdict(reports, seconds):
+        if problem := verdict(ranks.gathered(report)):
             raise UserError(problem)
     else:
+        seconds = float(os.environ.get("MINILM_RENDEZVOUS_SECONDS", RENDEZVOUS_SECONDS))
         store = _store(rank, world_size, seconds)
         if world_size > 1:
             meet(dist.PrefixStore("meeting", store), report, rank=rank, world_size=world_size, seconds=seconds)

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from data_prep.errors import UserError
+from pipeline.engine.meeting import Report, verdict
 
 Result = TypeVar("Result")
 
@@ -46,17 +47,14 @@ def all_agree(check: Callable[[], Result]) -> Result:
     Raises:
         UserError: on all ranks, with the first rank's words, where any raises one or an OSError.
     """
-    result, mistake = None, None
+    result, mistake = None, ""
     try:
         result = check()
     except (UserError, OSError) as error:
-        mistake = (dist.get_rank(), socket.gethostname(), str(error))
-    mistakes = [found for found in gathered(mistake) if found]
-    if not mistakes:
-        return result
-    rank, host, words = mistakes[0]
-    where = "" if len(mistakes) == dist.get_world_size() else f" (rank {rank} on {host}, {len(mistakes)} ranks in all)"
-    raise UserError(words + where)
+        mistake = str(error) or type(error).__name__
+    if problem := verdict(gathered(Report(host=socket.gethostname(), mistake=mistake))):
+        raise UserError(problem)
+    return result
 
 
 def gathered(value: Result) -> list[Result]:

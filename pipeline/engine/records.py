@@ -54,6 +54,9 @@ class Record:
     teacher_fingerprint: str = ""
 
 
+_RECORD = pydantic.TypeAdapter(Record)
+
+
 def tag_of(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -117,7 +120,7 @@ def read_record(checkpoint: Path) -> Record:
     Raises:
         ValueError: it is damaged, or another checkpoint's.
     """
-    record = pydantic.TypeAdapter(Record).validate_json((checkpoint / RECORD).read_bytes())
+    record = _RECORD.validate_json((checkpoint / RECORD).read_bytes())
     if tag_of(record.step) != checkpoint.name:
         raise ValueError(f"it is that of step {record.step}")
     return record

@@ -45,7 +45,7 @@ def distill(
         many steps in a row were not finite.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    corpus, report = _report(recipe, ds_config, world_size, compare=not skip_preflight)
+    corpus, report = _report(recipe, ds_config, world_size, compare=world_size > 1 and not skip_preflight)
     process_group.init_distributed(report)
     record = ranks.decided_by_rank_0(lambda: preflight.find_checkpoint(recipe, corpus, resume))
     merged = deepspeed_config.merge(recipe, ds_config, world_size=world_size)

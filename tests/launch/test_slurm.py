@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import toy
 from tests.conftest import free_port
 from tests.read import losses_of
 
@@ -91,24 +90,29 @@ def ask(environment, *command):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60).stdout
 
 
-@pytest.fixture(scope="module")
-def overrides(samples, tmp_path_factory):
-    return toy.make(tmp_path_factory.mktemp("toy"), samples.leads())
-
-
-def test_srun_starts_ranks_of_one_job_on_both_nodes(cluster, overrides, tmp_path):
-    command = ["srun", "-N2", "-n2", "bash", SCRIPT, "--recipe", "demo", *overrides, f"run.output={tmp_path / 'srun'}"]
+def test_srun_starts_ranks_of_one_job_on_both_nodes(cluster, toy_overrides, tmp_path):
+    arguments = ["--recipe", "demo", *toy_overrides]
+    command = ["srun", "-N2", "-n2", "bash", SCRIPT, *arguments, f"run.output={tmp_path / 'srun'}"]
     done = subprocess.run(list(map(str, command)), env=cluster, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
-    alone = ["bash", SCRIPT, "--num_gpus", "2", "--recipe", "demo", *overrides, f"run.output={tmp_path / 'alone'}"]
+    alone = ["bash", SCRIPT, "--num_gpus", "2", *arguments, f"run.output={tmp_path / 'alone'}"]
     subprocess.run(list(map(str, alone)), env=cluster, check=True, capture_output=True, timeout=180)
     assert losses_of(tmp_path / "srun") == pytest.approx(losses_of(tmp_path / "alone"), rel=1e-5)
 
 
-def test_a_warning_before_the_end_saves_and_the_job_is_requeued_and_goes_on(cluster, overrides, tmp_path):
+def test_a_warning_before_the_end_saves_and_the_job_is_requeued_and_goes_on(cluster, toy_overrides, tmp_path):
     long = ["optimizer.steps=100000", "checkpoint.every_steps=100000", f"run.output={tmp_path / 'run'}"]
     options = ["--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/log.txt", f"--chdir={SCRIPT.parents[1]}"]
-    batch = ["sbatch", "--parsable", *options, SCRIPT.with_name("slurm.sbatch"), "--recipe", "demo", *overrides, *long]
+    batch = [
+        "sbatch",
+        "--parsable",
+        *options,
+        SCRIPT.with_name("slurm.sbatch"),
+        "--recipe",
+        "demo",
+        *toy_overrides,
+        *long,
+    ]
     log, checkpoints = tmp_path / "log.txt", tmp_path / "run" / "checkpoints"
     job = ask({**cluster, "MINILM_PROJECT": str(SCRIPT.parents[1])}, *map(str, batch)).strip()
 

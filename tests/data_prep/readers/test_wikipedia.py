@@ -44,7 +44,7 @@ def block_of_pages(folder, head, pages):
     )
     path = folder / "xxwiki-1.xml"
     path.write_text(f"<mediawiki>{head}{made}</mediawiki>")
-    yield formats.Block(str(path), 0, path.read_bytes())
+    return formats.Block(str(path), 0, path.read_bytes())
 
 
 def test_the_sample_has_its_articles_and_no_redirects(articles, samples):

@@ -117,7 +117,7 @@ def test_markup_of_other_languages(language, tmp_path):
     file, category, word, switch = WIKIS[language]
     names = "".join(f'<namespace key="{k}" case="x">{n}</namespace>' for k, n in ((6, file), (14, category)))
     text = f"{switch}[[{file}:a.jpg|mini|b [[c]]]]'''Wort''' von {word}, {{{{x}}}} Ende.\n[[{category}:D]]\n[[en:Word]]"
-    (block,) = block_of_pages(tmp_path, f"<siteinfo>{names}</siteinfo>", [("T", text)])
+    block = block_of_pages(tmp_path, f"<siteinfo>{names}</siteinfo>", [("T", text)])
     assert list(parse_pages(block)) == ["T\n\nWort von λόγος, Ende."]
 
 
@@ -169,7 +169,7 @@ def test_an_article_that_loses_its_text_is_noticed(tmp_path):
     prose = "This is a line of prose that a reader would read from its beginning to its end. " * 8
     lost = "\n\n".join([prose] * 12)
     pages = [("Whole", lost), ("Lost", f"{{{{x|\n{lost}\n}}}}\n{prose}")]
-    (block,) = block_of_pages(tmp_path, "", pages)
+    block = block_of_pages(tmp_path, "", pages)
     whole, shortened = parse_pages(block)
     assert type(whole) is str and getattr(shortened, "title", None) == "Lost"
 

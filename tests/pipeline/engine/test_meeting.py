@@ -8,12 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-import pytest
 import torch.distributed as dist
 
 from data_prep.errors import UserError
 from pipeline.engine.meeting import Report, meet, verdict
-from tests import toy
 
 SCRIPT = Path(__file__).resolve().parents[3] / "launch" / "distill.sh"
 
@@ -73,11 +71,6 @@ def test_all_hear_of_a_mistake_a_difference_or_an_absence(port):
     assert time.monotonic() - began < 15
 
 
-@pytest.fixture(scope="module")
-def overrides(samples, tmp_path_factory):
-    return toy.make(tmp_path_factory.mktemp("meeting"), samples.leads())
-
-
 def ranks_of_two_machines(port, tmp_path, overrides, *differences, **environment):
     """Exit codes and standard errors of ranks that somebody started by hand; each has its own overrides."""
     running = []
@@ -99,23 +92,23 @@ def ranks_of_two_machines(port, tmp_path, overrides, *differences, **environment
     return [code for _, code in ended], "".join(said for said, _ in ended)
 
 
-def test_nodes_that_differ_do_not_train_together(port, tmp_path, overrides):
+def test_nodes_that_differ_do_not_train_together(port, tmp_path, toy_overrides):
     codes, said = ranks_of_two_machines(
-        port, tmp_path, overrides, ["optimizer.peak_lr=1e-3"], ["optimizer.peak_lr=5e-4"]
+        port, tmp_path, toy_overrides, ["optimizer.peak_lr=1e-3"], ["optimizer.peak_lr=5e-4"]
     )
     assert codes == [2, 2] and "recipe optimizer.peak_lr: 0.0005 (rank 1 on" in said
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_on_one_node_ends_the_others_at_once(port, tmp_path, overrides):
+def test_a_mistake_on_one_node_ends_the_others_at_once(port, tmp_path, toy_overrides):
     began = time.monotonic()
-    codes, said = ranks_of_two_machines(port, tmp_path, overrides, [], ["data.corpus=/nowhere"])
+    codes, said = ranks_of_two_machines(port, tmp_path, toy_overrides, [], ["data.corpus=/nowhere"])
     assert codes == [2, 2] and "/nowhere" in said and "(rank 1 on" in said
-    codes, said = ranks_of_two_machines(port + 1, tmp_path, overrides, [], ["--recipe=unheard-of"])
+    codes, said = ranks_of_two_machines(port + 1, tmp_path, toy_overrides, [], ["--recipe=unheard-of"])
     assert codes == [2, 2] and "there is no recipe 'unheard-of'" in said
     assert time.monotonic() - began < 100
 
 
-def test_a_node_that_never_comes_is_said(port, tmp_path, overrides):
-    (code,), said = ranks_of_two_machines(port, tmp_path, overrides, [], MINILM_RENDEZVOUS_SECONDS=1)
+def test_a_node_that_never_comes_is_said(port, tmp_path, toy_overrides):
+    (code,), said = ranks_of_two_machines(port, tmp_path, toy_overrides, [], MINILM_RENDEZVOUS_SECONDS=1)
     assert code == 2 and "1 of 2 ranks did not come within 1 s: rank 1" in said
