@@ -123,18 +123,23 @@ def _do_without_torch() -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--step", type=click.IntRange(min=1), help="Of the checkpoint; the newest whole one by default.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; RUN/export by default.")
-def export(run: Path, step: int | None, out: Path | None) -> None:
-    """Turn a run's checkpoint into a Hugging Face folder with model, tokenizer and model card.
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+def export(run: Path, step: int | None, out: Path | None, **options) -> None:
+    """Turn a run's checkpoint into a Hugging Face folder with model, tokenizer, licence and model card.
 
     \b
-    Example:
+    Examples:
       minilm export runs/demo/run
+      minilm export runs/demo/run --dtype bf16 --out /models/student
     """
     from pipeline.results import export as exporter
     from pipeline.training.run_folder import FinishedRun
 
     finished = FinishedRun.open(run, step)
-    click.echo(f"step {finished.record.step} of {run} -> {exporter.export(finished, out)}")
+    folder = exporter.export(finished, out, exporter.Options(**options))
+    click.echo(f"step {finished.record.step} of {run} -> {folder}")
+    for remark in exporter.remarks(finished):
+        click.echo(remark)
 
 
 @minilm.command()

@@ -22,9 +22,10 @@ FLOORS = (
     ("data_prep.work",),
     ("data_prep.prepare", "data_prep.report"),
     ("pipeline.config", "pipeline.data", "pipeline.relations"),
-    ("pipeline.recipes", "pipeline.encoders"),
+    ("pipeline.recipes", "pipeline.provenance", "pipeline.encoders"),
     ("pipeline.engine",),
     ("pipeline.training",),
+    ("pipeline.shipping",),
     ("pipeline.results",),
     ("launch",),
 )

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_prep import durable
 from data_prep.errors import UserError
 from pipeline.encoders.architectures import without_pooler
-from pipeline.results.export import export, held_out, load_exported, mark, model_card
+from pipeline.results.export import add_scores, exported
+from pipeline.shipping.card import held_out
+from pipeline.shipping.huggingface import load_exported
 from pipeline.training.build import fresh_student, teacher_settings
 from pipeline.training.metrics import iterate_metrics
 from pipeline.training.run_folder import FinishedRun
@@ -71,9 +72,7 @@ def evaluate(run: FinishedRun, *, probe: Path | None, texts: int = 1200, seq_tok
     from transformers import AutoTokenizer
 
     task = read_probe(probe, texts=texts, seed=seed) if probe else None
-    folder = export(run)
-    if (folder / "scores.json").exists():  # an export leaves none but somebody else's
-        raise UserError(f"{folder / 'scores.json'} is no evaluation's and would be written over: move it away first")
+    folder = exported(run)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     models = {name: model.eval() for name, model in load_models(run, folder).items()}
     accuracy = {}
@@ -92,9 +91,7 @@ def evaluate(run: FinishedRun, *, probe: Path | None, texts: int = 1200, seq_tok
         probe_majority=_majority(task.test_labels) if task else None,
         probe_texts=len(task.test_labels) if task else 0,
     )
-    durable.write(folder / "scores.json", json.dumps(asdict(scores), indent=1))
-    durable.write(folder / "README.md", model_card(run, run.student(), describe(scores)))
-    mark(folder, ["scores.json", "README.md"], run=run.name, step=run.record.step)
+    add_scores(run, {**asdict(scores), "measures": describe(scores)})
     return scores
 
 

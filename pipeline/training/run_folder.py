@@ -15,10 +15,12 @@ from typing import Any
 from data_prep import durable
 from data_prep.errors import UserError, first_line
 from data_prep.shards import Corpus
+from pipeline import provenance
 from pipeline.config import Recipe
 from pipeline.encoders.architectures import without_pooler
 from pipeline.encoders.models import RelationEncoder
 from pipeline.engine import checkpoint, records
+from pipeline.engine.placement import teacher_fingerprint
 from pipeline.recipes import load_recipe, write_recipe
 from pipeline.training import run_lock
 
@@ -104,7 +106,8 @@ def check_shared(output: Path, run: str, *, patience_seconds: float = 10.0) -> N
 
 
 def describe(output: Path, recipe: Recipe, ds_config: dict[str, Any], corpus: Corpus, student: RelationEncoder) -> None:
-    """Write what it takes to read the checkpoints: recipe, DeepSpeed configuration, the student's, its tokenizer."""
+    """Write what it takes to read the checkpoints (recipe, DeepSpeed configuration, the student's, its tokenizer), and
+    where the student comes from."""
     output.mkdir(parents=True, exist_ok=True)
     write_recipe(recipe, output / "recipe.toml")
     durable.write(output / "deepspeed.json", json.dumps(ds_config, indent=2))
@@ -112,6 +115,7 @@ def describe(output: Path, recipe: Recipe, ds_config: dict[str, Any], corpus: Co
     for file in sorted((corpus.folder / "tokenizer").iterdir()):
         durable.write(output / MODEL / file.name, file.read_bytes())  # not the modes of a corpus that may be read-only
     student.config.save_pretrained(output / MODEL)
+    provenance.record(output, recipe, corpus, teacher_fingerprint(recipe.teacher.model))
 
 
 @dataclass(frozen=True, kw_only=True)

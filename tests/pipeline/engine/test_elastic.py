@@ -15,7 +15,8 @@ from pipeline.engine.checkpoint import read_weights
 from pipeline.engine.elastic import empty_state
 from pipeline.engine.operators import import_deepspeed
 from pipeline.results import report
-from pipeline.results.export import export, load_exported
+from pipeline.results.export import export
+from pipeline.shipping.huggingface import load_exported
 from pipeline.training.metrics import read_metrics
 from pipeline.training.run_folder import FinishedRun
 from tests.read import losses_of

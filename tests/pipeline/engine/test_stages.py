@@ -28,7 +28,8 @@ from pipeline.engine.student import learning_rate_factor
 from pipeline.recipes import load_recipe
 from pipeline.results import report
 from pipeline.results.evaluate import evaluate
-from pipeline.results.export import export, load_exported
+from pipeline.results.export import export
+from pipeline.shipping.huggingface import load_exported
 from pipeline.training.build import data_options
 from pipeline.training.metrics import read_metrics
 from pipeline.training.run_folder import FinishedRun

@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from data_prep.errors import UserError
-from pipeline.results import export as exporter
-from pipeline.results.export import MARKER, export
+from pipeline.results.export import export
+from pipeline.shipping import folder as shipped
+from pipeline.shipping.folder import MARKER
 from pipeline.training.metrics import read_metrics
 from pipeline.training.run_folder import FinishedRun
 
@@ -97,10 +98,10 @@ def test_what_is_put_there_while_the_model_is_made_stays_too(runs, tmp_path):
     (target / "late.txt").write_text("mine")
     (fresh / "late.txt").write_text("the model's")
     with pytest.raises(UserError, match="late.txt in .* would be written over; nothing was written"):
-        exporter._swap(fresh, target, tmp_path / "old", run.name)
+        shipped.swap(fresh, target, tmp_path / "old", run.name)
     assert (target / "late.txt").read_text() == "mine" and not (tmp_path / "old").exists()
     (fresh / "late.txt").unlink()
-    exporter._swap(fresh, target, tmp_path / "old", run.name)
+    shipped.swap(fresh, target, tmp_path / "old", run.name)
     assert (target / "late.txt").read_text() == "mine"
 
 

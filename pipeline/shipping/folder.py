@@ -1,0 +1,143 @@
+"""Whose an exported folder is: the marker that names its files, and a new export in the place of an earlier one."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data_prep import durable
+from data_prep.errors import UserError
+
+MARKER = "minilm-export.json"
+_KIND = "minilmv2-deepspeed export"
+
+
+def mark(folder: Path, names: Iterable[str], *, run: str, step: int, facts: dict[str, Any]) -> None:
+    """Note which files of a folder are this program's, with their checksums, of which run, and what the card says.
+
+    Args:
+        folder: the exported one.
+        names: of files that are new or changed, with `/` between folders.
+        run, step: whose checkpoint it is.
+        facts: of `card.Facts`, plain.
+    """
+    before = read_marker(folder).get("files", {})
+    files = before | {name: durable.sha256(folder / name) for name in names}
+    record = dict(kind=_KIND, run=run, step=step, files=files, facts=facts)
+    durable.write(folder / MARKER, json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """What a folder says of itself; empty if it is no export."""
+    try:
+        marker = json.loads((folder / MARKER).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    ours = isinstance(marker, dict) and marker.get("kind") == _KIND and isinstance(marker.get("files"), dict)
+    return marker if ours else {}
+
+
+def files_of(folder: Path) -> list[str]:
+    """Names of all files of a folder that was just written, with `/` between folders."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder is an export with all of its files, byte for byte."""
+    files = read_marker(folder).get("files", {})
+    safe = [name for name in files if _is_inside(folder, name)]
+    return bool(files) and safe == list(files) and all(durable.sha256(folder / n) == files[n] for n in safe)
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    path = folder / name
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
+
+
+def check_replaceable(out: Path, run: str) -> list[str]:
+    """Names of what somebody else has put into the folder of an earlier export; refuses all but such a folder.
+
+    Raises:
+        UserError: `out` holds something else than an earlier export of this run, or one that was changed by hand.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; nothing was written. Give another --out.")
+    if not out.exists() or not any(out.iterdir()):
+        return []
+    marker = read_marker(out)
+    if marker.get("run") != run:
+        raise UserError(
+            f"{out} is not empty and no earlier export of this run ({MARKER} would say so); nothing was written. Give "
+            "another --out."
+        )
+    ours = marker["files"]
+    own, others = _told_apart(out, ours)
+    if changed := [name for name in own if not (out / name).is_file() or durable.sha256(out / name) != ours[name]]:
+        raise UserError(
+            f"{', '.join(changed)} in {out} was changed since it was exported; nothing was written. Give another "
+            "--out, or move that folder away."
+        )
+    return others
+
+
+def _told_apart(folder: Path, ours: Iterable[str], below: str = "") -> tuple[list[str], list[str]]:
+    """Names of what an export has written, and of what others have put beside it; by what is there, not by a marker
+    that may name files elsewhere. A folder that holds nothing of the export's is one name."""
+    own, others = [], []
+    for path in sorted((folder / below).iterdir()):
+        name = f"{below}{path.name}"
+        if name in ours:
+            own.append(name)
+        elif path.is_dir() and not path.is_symlink() and any(other.startswith(f"{name}/") for other in ours):
+            inside = _told_apart(folder, ours, f"{name}/")
+            own, others = own + inside[0], others + inside[1]
+        elif name != MARKER:
+            others.append(name)
+    return own, others
+
+
+def swap(fresh: Path, out: Path, old: Path, run: str) -> None:
+    """Put `fresh` in the place of `out`, with what somebody else has put there; `out` is checked again just before.
+
+    Args:
+        fresh: the new folder.
+        out: what it becomes.
+        old: where the earlier export goes.
+        run: whose export it must be.
+    """
+    beside = check_replaceable(out, run)
+    if taken := [name for name in beside if (fresh / name).exists()]:
+        raise UserError(f"{', '.join(taken)} in {out} would be written over; nothing was written. Give another --out.")
+    if out.exists():
+        out.rename(old)
+    try:
+        fresh.rename(out)
+        for name in beside:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (old / name).rename(out / name)
+    except OSError:
+        if not out.exists():
+            old.rename(out)
+        raise
+
+
+def remove(folder: Path) -> None:
+    """Remove the files of a former export from its folder, and the folder if nothing else is in it."""
+    with contextlib.suppress(OSError):
+        own, _ = _told_apart(folder, read_marker(folder).get("files", {}))
+        for name in (*own, MARKER):
+            (folder / name).unlink(missing_ok=True)
+        for path in sorted(folder.rglob("*"), reverse=True):
+            if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+                path.rmdir()
+        folder.rmdir()
+
+
+def obey_umask(folder: Path) -> None:
+    """Files written aside are the writer's alone; an exported model is as readable as any file that one makes."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
