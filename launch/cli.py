@@ -58,7 +58,16 @@ def samples(out: Path | None) -> None:
 
 
 _RECIPE_OPTIONS = [
-    click.option("--recipe", required=True, help="A shipped recipe's name or a TOML file."),
+    click.option(
+        "--recipe",
+        "recipes",
+        required=True,
+        multiple=True,
+        help="A shipped recipe's name or a TOML file; several train side by side.",
+    ),
+    click.option(
+        "--vary", multiple=True, metavar="KEY=V1,V2", help="A run for each value, side by side; may be repeated."
+    ),
     click.option("--ds-config", default="auto", show_default=True, help="A shipped configuration or a JSON file."),
     click.option("--resume", default="auto", show_default=True, help="auto (newest whole checkpoint), never, or STEP."),
     click.option("--stop-at", type=click.IntRange(min=1), help="Save and leave after this step."),
@@ -79,29 +88,32 @@ def recipe_options(command):
 @recipe_options
 @click.option("--num-gpus", type=click.IntRange(min=1), help="Ranks on this machine; without GPUs, CPU processes.")
 @click.option("--max-restarts", type=click.IntRange(min=0), default=0, show_default=True, help="After a crash.")
-def distill(
-    recipe, ds_config, resume, stop_at, profile, compile_layers, skip_preflight, overrides, num_gpus, max_restarts
-) -> None:
-    """Distill a student on this machine: checks everything, then runs `deepspeed launch/distill.sh`.
+def distill(recipes, vary, ds_config, resume, overrides, num_gpus, max_restarts, **options) -> None:
+    """Distill students on this machine: checks everything, then runs `deepspeed launch/distill.sh`.
 
     \b
     Examples:
       minilm distill --recipe demo --num-gpus 2
       minilm distill --recipe my.toml optimizer.peak_lr=3e-4 run.output=/data/run2
+      minilm distill --recipe roberta-large-12x384 --recipe roberta-large-6x384
+      minilm distill --recipe my.toml --vary teacher.layer=17,19,21 --vary relations.heads=24,48
     """
     from launch import supervise
     from pipeline.engine import deepspeed_config, process_group
-    from pipeline.recipes import load_recipe
-    from pipeline.training import preflight
+    from pipeline.recipes import load_recipes
+    from pipeline.training import company, job
 
-    checked = load_recipe(recipe, overrides)
+    checked = load_recipes(recipes, overrides, vary)
     settings, ranks = deepspeed_config.read_ds_config(ds_config), num_gpus or process_group.local_devices()
-    preflight.find_checkpoint(checked, preflight.check(checked, settings, world_size=ranks), resume)
-    arguments = ["--recipe", recipe, "--ds-config", ds_config, "--resume", resume, *overrides]
-    arguments += ["--stop-at", str(stop_at)] if stop_at else []
-    arguments += ["--profile"] if profile else []
-    arguments += ["--compile"] if compile_layers else []
-    arguments += ["--skip-preflight"] if skip_preflight else []
+    corpus = job.check_all(checked, settings, world_size=ranks)
+    company.find_checkpoints([checked[i] for i in company.still_running(checked)], corpus, resume)
+    arguments = [word for name in recipes for word in ("--recipe", name)]
+    arguments += [word for values in vary for word in ("--vary", values)]
+    arguments += ["--ds-config", ds_config, "--resume", resume, *overrides]
+    arguments += ["--stop-at", str(options["stop_at"])] if options["stop_at"] else []
+    arguments += ["--profile"] if options["profile"] else []
+    arguments += ["--compile"] if options["compile_layers"] else []
+    arguments += ["--skip-preflight"] if options["skip_preflight"] else []
     arguments += ["--num_gpus", str(num_gpus)] if num_gpus else []
     sys.exit(supervise.launch([*arguments, "--max-restarts", str(max_restarts)]))
 

@@ -20,33 +20,19 @@ from launch.supervise import RankStatus
 @click.option("--job", hidden=True)
 @click.option("--num_gpus", "--num-gpus", hidden=True)
 @click.pass_obj
-def _distill_rank(
-    status,
-    recipe,
-    ds_config,
-    resume,
-    stop_at,
-    profile,
-    compile_layers,
-    skip_preflight,
-    overrides,
-    local_rank,
-    job,
-    num_gpus,
-) -> int:
+def _distill_rank(status, recipes, vary, ds_config, resume, overrides, stop_at, num_gpus, **options) -> int:
     from pipeline.engine import deepspeed_config, process_group
-    from pipeline.recipes import load_recipe
+    from pipeline.recipes import load_recipes
     from pipeline.training import job as jobs
 
     if num_gpus:
         raise UserError("--num_gpus belongs to the launcher: deepspeed --num_gpus 2 launch/distill.sh --recipe ...")
-    options = dict(resume=resume, stop_at_step=stop_at, profile=profile, compile_layers=compile_layers)
-    options |= dict(skip_preflight=skip_preflight, on_start=status.running)
     try:
-        given = load_recipe(recipe, overrides), deepspeed_config.read_ds_config(ds_config)
+        given = load_recipes(recipes, overrides, vary), deepspeed_config.read_ds_config(ds_config)
     except (UserError, OSError) as error:
         jobs.fail_together(error)
-    code = jobs.distill(*given, **options)
+    wanted = {name: options[name] for name in ("profile", "compile_layers", "skip_preflight")}
+    code = jobs.distill(*given, resume=resume, stop_at_step=stop_at, on_start=status.running, **wanted)
     process_group.leave_process_group()
     return code
 

@@ -4,11 +4,12 @@ Strings may hold `${NAME}`, taken from the environment; `${MINILM_HOME}` always 
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,49 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
         if isinstance(table.get(section), dict) and isinstance(table[section].get(key), str):
             table[section][key] = os.path.expanduser(table[section][key])
     return parse_recipe(table, where=str(path))
+
+
+def load_recipes(names: Sequence[str], overrides: Iterable[str] = (), vary: Iterable[str] = ()) -> list[Recipe]:
+    """Recipes that train side by side: each of `names`, in each combination of the values that vary.
+
+    Args:
+        names: as `load_recipe` takes them.
+        overrides: for all. Where several recipes are given, `run.output` is the folder in which each gets one of its
+            own, named like the recipe.
+        vary: `section.key=V1,V2,...` each. Every combination becomes a run in the folder `section.key=V` of
+            `run.output`; several keys are joined by commas.
+
+    Raises:
+        UserError: as `load_recipe`; a value twice, or one that no folder can be named after.
+    """
+    overrides = list(overrides)
+    outputs = [value for key, _, value in (text.partition("=") for text in overrides) if key == "run.output"]
+    choices = [[f"{key}={value}" for value in values] for key, values in map(_varied, vary)]
+    recipes = []
+    for name in names:
+        own = list(overrides)
+        if outputs and len(names) > 1:
+            own.append(f"run.output={Path(outputs[-1]) / Path(name).stem}")
+        for combination in itertools.product(*choices):
+            recipe = load_recipe(name, [*own, *combination])
+            if combination:
+                output = str(Path(recipe.run.output) / ",".join(combination).replace("/", "_"))
+                recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, output=output))
+            recipes.append(recipe)
+    return recipes
+
+
+def _varied(text: str) -> tuple[str, list[str]]:
+    """`section.key=V1,V2` -> the key and its values; commas in brackets or quotes belong to a value."""
+    key, equals, values = text.partition("=")
+    if not equals or "." not in key or key.startswith("run."):
+        raise UserError(f"--vary {text!r} is not section.key=V1,V2, such as teacher.layer=17,19,21")
+    found = [part.strip() for part in re.findall(r"""(?:\{[^}]*\}|\[[^\]]*\]|"[^"]*"|'[^']*'|[^,])+""", values)]
+    if not all(found) or not found or len(set(found)) < len(found) or values.count(",,"):
+        raise UserError(f"--vary {text!r}: expected values that differ, separated by commas")
+    if bad := [value for value in found if len(value) > 100 or value in (".", "..")]:
+        raise UserError(f"--vary {text!r}: no folder can be named after {bad[0]!r}; write recipes of their own instead")
+    return key, found
 
 
 def parse_recipe(table: dict[str, Any], where: str) -> Recipe:

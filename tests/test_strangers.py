@@ -25,7 +25,7 @@ from pipeline.training import preflight
 from pipeline.training.run_folder import FinishedRun
 from tests import toy
 from tests.damage import changed, places
-from tests.pipeline.engine.test_stages import settings, train
+from tests.jobs import settings, train
 
 # fmt: off
 WRONG = [None, True, -1, 0, 1.5, 10**18, 10**30, 1e-300, float("inf"), float("nan"), [], [[]], [1, "a"], {}, {"a": 1},
@@ -88,7 +88,7 @@ def test_recipes_with_wrong_values(world):
                 path.write_bytes(_toml(changed(plain, place, value)))
                 if accepted(load_recipe, str(path)):
                     passed += 1
-                    accepted(preflight.check, load_recipe(str(path)), config, world_size=1)
+                    accepted(preflight.check, [load_recipe(str(path))], config, world_size=1)
                 accepted(load_recipe, "demo", [*overrides, f"{'.'.join(map(str, place))}={value}"])
     assert cases > 1000 and passed < cases / 5
 
@@ -115,7 +115,7 @@ def test_wrong_and_absurd_values_are_refused(override, world):
     folder, overrides = world
     with pytest.raises(UserError):
         recipe = load_recipe("demo", [*overrides, f"run.output={folder / 'new'}", override])
-        preflight.check(recipe, settings("zero1"), world_size=1)
+        preflight.check([recipe], settings("zero1"), world_size=1)
 
 
 def test_text_is_taken_as_it_is_typed(world):

@@ -34,14 +34,12 @@ ASIDE = "aside"
 _RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
 
-def save(engine, folder: Path, record: records.Record, *, keep_last: int, keep_every_steps: int) -> None:
+def save(engine, folder: Path, record: records.Record) -> None:
     """Write one checkpoint; all ranks call it at the same step. `files` and `layout` of the record are filled in here.
 
     Args:
         engine: the student's DeepSpeed engine.
         folder: the run's `checkpoints/`.
-        keep_last: how many of the newest stay.
-        keep_every_steps: multiples of it stay for ever; 0 for none.
 
     Raises:
         UserError: the disk has too little room, or rank 0 does not see another's files; earlier checkpoints stay.
@@ -60,7 +58,6 @@ def save(engine, folder: Path, record: records.Record, *, keep_last: int, keep_e
         durable.write(target / records.RECORD, json.dumps(whole, indent=1))
         durable.sync_folder(folder)
         durable.write(folder / "latest", tag)
-        remove_old(folder, keep_last, keep_every_steps)
 
     ranks.decided_by_rank_0(complete)
 
@@ -111,7 +108,7 @@ def set_aside(folder: Path, step: int) -> Path | None:
 
     Args:
         folder: the run's `checkpoints/`.
-        step: of the whole checkpoint that the run goes back to.
+        step: of the whole checkpoint that the run goes back to; 0 for the beginning.
     """
     later = [path for path in folder.glob("step-*") if path.name > records.tag_of(step)]
     if not later:
@@ -122,7 +119,10 @@ def set_aside(folder: Path, step: int) -> Path | None:
         shutil.copyfile(folder.parent / "metrics.jsonl", target / "metrics.jsonl")
     for path in later:
         path.rename(target / path.name)
-    durable.write(folder / "latest", records.tag_of(step))
+    if step:
+        durable.write(folder / "latest", records.tag_of(step))
+    else:
+        (folder / "latest").unlink(missing_ok=True)
     return target
 
 
@@ -158,7 +158,13 @@ def _flush_own_files(target: Path, rank: int) -> dict[str, dict[str, Any]]:
 
 
 def remove_old(folder: Path, keep_last: int, keep_every_steps: int) -> None:
-    """Remove whole checkpoints that are not to be kept, torn ones before the newest whole one, and stray programs."""
+    """Remove whole checkpoints that are not to be kept, torn ones before the newest whole one, and stray programs.
+
+    Args:
+        folder: the run's `checkpoints/`, with a whole one at least.
+        keep_last: how many of the newest stay.
+        keep_every_steps: multiples of it stay for ever; 0 for none.
+    """
     whole = sorted(path.parent for path in folder.glob(f"step-*/{records.RECORD}"))
     torn = [path for path in folder.glob("step-*") if path not in whole and path < whole[-1]]
     kept = [path for path in whole if keep_every_steps and records.step_of(path) % keep_every_steps == 0]

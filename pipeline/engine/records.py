@@ -101,6 +101,11 @@ def find(folder: Path, resume: str, *, log: Callable[[str], None] = print) -> Re
     return None
 
 
+def whole_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a run's `checkpoints/` that are whole, by the sizes of their files; rising."""
+    return [step_of(path) for path in sorted(folder.glob("step-*")) if why_torn(path) is None]
+
+
 def why_torn(checkpoint: Path, *, checksums: bool = False) -> str | None:
     """Why a checkpoint cannot be used; None if it is whole. Sizes are always compared, checksums on request."""
     if not checkpoint.is_dir():

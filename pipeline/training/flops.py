@@ -27,13 +27,20 @@ PEAKS = {
 _OTHERS = {"MIG", "Laptop", "D"}
 
 
-def step_flops(
-    teacher: RelationEncoder, student: RelationEncoder, *, seq_tokens: int, global_batch_samples: int, pairs: int
-) -> float:
-    """Of one optimizer step over all ranks, for full windows of `seq_tokens`."""
-    a_token = encoder_flops(teacher, seq_tokens) + 3 * encoder_flops(student, seq_tokens)
-    a_token += pairs * 2 * seq_tokens * (teacher.config.hidden_size + 3 * student.config.hidden_size)
+def teacher_flops(teacher: RelationEncoder, *, seq_tokens: int, global_batch_samples: int, relations: int) -> float:
+    """Of the teacher in one optimizer step over all ranks, for full windows of `seq_tokens`.
+
+    Args:
+        relations: that are compared, of all students.
+    """
+    a_token = encoder_flops(teacher, seq_tokens) + relations * 2 * seq_tokens * teacher.config.hidden_size
     return a_token * seq_tokens * global_batch_samples
+
+
+def student_flops(student: RelationEncoder, *, seq_tokens: int, global_batch_samples: int, relations: int) -> float:
+    """Of a student in one optimizer step over all ranks, forward and backward, for full windows of `seq_tokens`."""
+    a_token = encoder_flops(student, seq_tokens) + relations * 2 * seq_tokens * student.config.hidden_size
+    return 3 * a_token * seq_tokens * global_batch_samples
 
 
 def encoder_flops(encoder: RelationEncoder, seq_tokens: int) -> float:

@@ -3,22 +3,25 @@
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch.distributed as dist
 
 from data_prep.errors import UserError, words_of
 from data_prep.shards import Corpus
 from pipeline.config import Recipe
-from pipeline.engine import deepspeed_config, process_group, ranks
+from pipeline.engine import process_group, ranks
 from pipeline.engine.meeting import Report
-from pipeline.training import preflight, run_folder
+from pipeline.training import company, preflight, run_folder
 from pipeline.training.monitor import profiler
+from pipeline.training.stopping import EXIT_DIVERGED
 from pipeline.training.trainer import Distillation
 
 
 def distill(
-    recipe: Recipe,
+    recipes: Sequence[Recipe],
     ds_config: dict[str, Any],
     *,
     resume: str = "auto",
@@ -28,33 +31,54 @@ def distill(
     skip_preflight: bool = False,
     on_start: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run the recipe on this rank and return the exit code.
+    """Run one or several recipes side by side on this rank and return the exit code.
 
     Args:
-        recipe: what is learned.
+        recipes: what is learned; several share the teacher's pass, see `company.check`.
         ds_config: a DeepSpeed configuration, see `deepspeed_config.read_ds_config`.
         resume: "auto", "never" or a step, see `records.find`.
         stop_at_step: save and leave after this step, as if the job's time were over, but with exit code 0.
-        profile: write a trace of a few steps into the run's folder.
-        compile_layers: run the layers of teacher and student through torch.compile.
+        profile: write a trace of a few steps into the (first) run's folder.
+        compile_layers: run the layers of teacher and students through torch.compile.
         skip_preflight: start though the machines differ.
         on_start: called once signals no longer end this process but are answered with a checkpoint.
 
     Returns:
         0 when the last step (or `stop_at_step`) is done and saved, EXIT_REQUEUE after a signal, EXIT_DIVERGED when too
-        many steps in a row were not finite.
+        many steps in a row were not finite, in one of the runs at least.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    corpus, report = _report(recipe, ds_config, world_size, compare=world_size > 1 and not skip_preflight)
+    corpus, report = _report(recipes, ds_config, world_size, compare=world_size > 1 and not skip_preflight)
     process_group.init_distributed(report)
-    record = ranks.decided_by_rank_0(lambda: preflight.find_checkpoint(recipe, corpus, resume))
-    merged = deepspeed_config.merge(recipe, ds_config, world_size=world_size)
-    with _claimed(Path(recipe.run.output)), contextlib.closing(Distillation(recipe, merged, corpus, record)) as run:
+    chosen = ranks.decided_by_rank_0(lambda: company.still_running(recipes))
+    for left_out in (recipe for i, recipe in enumerate(recipes) if i not in chosen):
+        _say(f"{left_out.run.output} has given up (its {run_folder.ENDED} says why) and is left out")
+    if not chosen:
+        return EXIT_DIVERGED
+    running = [recipes[i] for i in chosen]
+    checkpoints = ranks.decided_by_rank_0(lambda: company.find_checkpoints(running, corpus, resume))
+    with (
+        _claimed([Path(recipe.run.output) for recipe in running]),
+        contextlib.closing(Distillation(running, ds_config, corpus, checkpoints)) as run,
+    ):
         if compile_layers:
             run.compile_layers()
         on_start()
-        with profiler(run.output, run.rank) if profile else contextlib.nullcontext() as tracer:
-            return run.train(stop_at_step, after_step=tracer.step if tracer else lambda: None)
+        rank = dist.get_rank()
+        with profiler(run.runs[0].output, rank) if profile else contextlib.nullcontext() as tracer:
+            code = run.train(stop_at_step, after_step=tracer.step if tracer else lambda: None)
+    return EXIT_DIVERGED if code == 0 and len(running) < len(recipes) else code
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def check_all(recipes: Sequence[Recipe], ds_config: dict[str, Any], *, world_size: int) -> Corpus:
+    """Refuse what cannot run, and return the corpus of all recipes; see `preflight.check` and `company.check`."""
+    company.check(recipes, ds_config)
+    return preflight.check(recipes, ds_config, world_size=world_size)
 
 
 def fail_together(error: UserError | OSError) -> NoReturn:
@@ -70,13 +94,13 @@ def fail_together(error: UserError | OSError) -> NoReturn:
 
 
 def _report(
-    recipe: Recipe, ds_config: dict[str, Any], world_size: int, *, compare: bool
+    recipes: Sequence[Recipe], ds_config: dict[str, Any], world_size: int, *, compare: bool
 ) -> tuple[Corpus | None, Report]:
     """The corpus, and what this rank tells the others: a mistake, or what must be the same for all."""
     host = socket.gethostname()
     try:
-        corpus = preflight.check(recipe, ds_config, world_size=world_size)
-        return corpus, Report(host=host, facts=preflight.facts(recipe, ds_config, corpus) if compare else {})
+        corpus = check_all(recipes, ds_config, world_size=world_size)
+        return corpus, Report(host=host, facts=preflight.facts(recipes, ds_config, corpus) if compare else {})
     except (UserError, OSError) as error:
         if world_size == 1:
             raise
@@ -84,13 +108,13 @@ def _report(
 
 
 @contextlib.contextmanager
-def _claimed(output: Path) -> Iterator[None]:
-    """The run's folder held by rank 0 for all ranks, which see that it is the same one."""
+def _claimed(outputs: Sequence[Path]) -> Iterator[None]:
+    """The runs' folders held by rank 0 for all ranks, which see that they are the same ones."""
     with contextlib.ExitStack() as held:
 
-        def claim() -> str:
-            return held.enter_context(contextlib.closing(run_folder.Claim(output))).run
+        def claim() -> list[str]:
+            return [held.enter_context(contextlib.closing(run_folder.Claim(output))).run for output in outputs]
 
-        run = ranks.decided_by_rank_0(claim)
-        ranks.all_agree(lambda: run_folder.check_shared(output, run))
+        runs = ranks.decided_by_rank_0(claim)
+        ranks.all_agree(lambda: [run_folder.check_shared(*pair) for pair in zip(outputs, runs, strict=True)])
         yield

@@ -18,24 +18,64 @@ from pipeline.engine.deepspeed_config import MONITORS
 from pipeline.training.metrics import METRICS, METRICS_BYTES, iterate_metrics, line_of, thinned
 
 
+class Terminal:
+    """What a job says on the terminal, by rank 0 alone: lines, and a bar or a line for its progress."""
+
+    def __init__(self, *, total_steps: int, first_step: int, is_main: bool) -> None:
+        self._total_steps, self._first_step, self._is_main = total_steps, first_step, is_main
+        self._started, self._bar = time.perf_counter(), None
+        if is_main and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def progress(self, step: int, text: str) -> None:
+        """Show where the job is: moves the bar on a terminal, prints a line elsewhere."""
+        if not self._is_main:
+            return
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        done = step - self._first_step
+        left = (time.perf_counter() - self._started) / max(1, done) * (self._total_steps - step)
+        self.say(f"step {step}/{self._total_steps}  {text}  left {_clock(left)}")
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        if not self._is_main:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 class RunLog:
     """The records of one run, written by rank 0 alone; on other ranks every method does nothing.
 
     Args:
         output: the run's folder.
         write_events: takes [(name, value, step)]; DeepSpeed's monitor.
-        total_steps: for the time that is left.
         first_step: steps done before this start; records of later steps, which a crash has undone, are dropped.
         is_main: whether this is rank 0.
+        say: tells the user something.
     """
 
     def __init__(
-        self, output: Path, write_events: Callable[[list], None], *, total_steps: int, first_step: int, is_main: bool
+        self,
+        output: Path,
+        write_events: Callable[[list], None],
+        *,
+        first_step: int,
+        is_main: bool,
+        say: Callable[[str], None],
     ) -> None:
-        self._write_events, self._is_main = write_events, is_main
-        self._total_steps, self._first_step = total_steps, first_step
-        self._started = time.perf_counter()
-        self._bar = None
+        self._write_events, self._is_main, self._say = write_events, is_main, say
         if not is_main:
             return
         self._path = output / METRICS
@@ -44,10 +84,6 @@ class RunLog:
         self._file = self._path.open("ab", buffering=0)
         self._most_bytes = METRICS_BYTES
         self._complained: set[str] = set()
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Write one record: nested dictionaries become TensorBoard tags joined by `/`."""
@@ -83,36 +119,13 @@ class RunLog:
             write()
         except Exception as error:  # whatever a library of a logger raises, often out of a thread of its own
             if what not in self._complained:
-                self.say(f"warning: {what} cannot be written ({error}); training goes on")
+                self._say(f"warning: {what} cannot be written ({error}); training goes on")
             self._complained.add(what)
-
-    def progress(self, step: int, text: str) -> None:
-        """Show where the run is: moves the bar on a terminal, prints a line elsewhere."""
-        if not self._is_main:
-            return
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        done = step - self._first_step
-        left = (time.perf_counter() - self._started) / max(1, done) * (self._total_steps - step)
-        self.say(f"step {step}/{self._total_steps}  {text}  left {_clock(left)}")
-
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar if there is one."""
-        if not self._is_main:
-            return
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
 
     def close(self) -> None:
         if self._is_main:
             with contextlib.suppress(OSError):
                 self._file.close()
-            if self._bar is not None:
-                self._bar.close()
 
 
 class PhaseTimer:

@@ -5,12 +5,13 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from transformers import PretrainedConfig
 
 from data_prep import samples
 from data_prep.errors import UserError
@@ -31,11 +32,11 @@ from pipeline.training.run_folder import CHECKPOINTS, check_claimable
 MOST_STEP_TOKENS = 1 << 31
 
 
-def check(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> Corpus:
+def check(recipes: Sequence[Recipe], ds_config: dict[str, Any], *, world_size: int) -> Corpus:
     """Refuse what cannot run, and return the opened corpus.
 
     Args:
-        recipe: what is to be learned.
+        recipes: what is to be learned; several share corpus, teacher and batch.
         ds_config: of `deepspeed_config.read_ds_config`.
         world_size: ranks that will run it.
 
@@ -43,11 +44,24 @@ def check(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> Corp
         UserError: what was given, what was expected, what to do.
     """
     deepspeed_config.check(ds_config)
-    deepspeed_config.merge(recipe, ds_config, world_size=world_size)
+    recipe = recipes[0]
     _check_nvme(recipe, ds_config)
     if Path(recipe.teacher.model) == samples.folder() / samples.TEACHER:
         samples.require(samples.TEACHER)
     teacher = teacher_settings(recipe)
+    for own in recipes:
+        deepspeed_config.merge(own, ds_config, world_size=world_size)
+        _check_models(own, ds_config, teacher)
+    corpus = Corpus.open(recipe.data.corpus, look=_is_first_of_machine())
+    _check_bytes(recipe, corpus)
+    _check_tokenizer(corpus, recipe.teacher.model)
+    _check_vocabulary(corpus, teacher.vocab_size, recipe.teacher.model)
+    _check_samples(recipe, corpus, world_size)
+    return corpus
+
+
+def _check_models(recipe: Recipe, ds_config: dict[str, Any], teacher: PretrainedConfig) -> None:
+    """Refuse a student that cannot be made, or cannot learn from this teacher."""
     sizes = dict(layers=teacher.num_hidden_layers, hidden=teacher.hidden_size, positions=position_limit(teacher))
     check_against_teacher(recipe, **sizes)
     _check_sizes(recipe, teacher.vocab_size)
@@ -61,30 +75,29 @@ def check(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> Corp
             'other: use "window"; with data.packing = "none" no window holds two documents'
         )
     _check_init(recipe.student.init, recipe.student.tail_init, shape.layers, teacher.num_hidden_layers)
-    corpus = Corpus.open(recipe.data.corpus, look=_is_first_of_machine())
-    _check_bytes(recipe, corpus)
-    _check_tokenizer(corpus, recipe.teacher.model)
-    _check_vocabulary(corpus, teacher.vocab_size, recipe.teacher.model)
-    _check_samples(recipe, corpus, world_size)
-    return corpus
 
 
-def facts(recipe: Recipe, ds_config: dict[str, Any], corpus: Corpus) -> dict[str, str]:
+def facts(recipes: Sequence[Recipe], ds_config: dict[str, Any], corpus: Corpus) -> dict[str, str]:
     """What must be the same on all ranks of a job: name -> value.
 
     What is read from disks is told by one rank of each machine.
     """
+    of_recipes = {}
+    for number, recipe in enumerate(recipes, start=1):
+        which = "recipe" if len(recipes) == 1 else f"recipe {number}"
+        of_recipes |= {f"{which} {name}": value for name, value in _flat(recipe.learned())}
+        of_recipes[f"{which} run.output"] = recipe.run.output
     told = {
-        **{f"recipe {name}": value for name, value in _flat(recipe.learned())},
+        **of_recipes,
+        "recipes": str(len(recipes)),
         **{f"DeepSpeed {name}": value for name, value in _flat(ds_config)},
-        "recipe run.output": recipe.run.output,
         "corpus": corpus.fingerprint[:12],
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
     }
     if _is_first_of_machine():
-        told |= {"teacher": teacher_fingerprint(recipe.teacher.model)[:12], "this project's code": _code()[:12]}
+        told |= {"teacher": teacher_fingerprint(recipes[0].teacher.model)[:12], "this project's code": _code()[:12]}
     return told
 
 

@@ -25,6 +25,7 @@ from pipeline.recipes import load_recipe, write_recipe
 from pipeline.training import run_lock
 
 CHECKPOINTS, MODEL, EXPORT, MARKER, LOCK = "checkpoints", "model", "export", "run.json", "run.lock"
+ENDED = "ended.json"  # of a run that gave up while others beside it went on
 _KIND = "minilmv2-deepspeed run"
 
 
@@ -105,10 +106,26 @@ def check_shared(output: Path, run: str, *, patience_seconds: float = 10.0) -> N
         time.sleep(0.2)
 
 
+def mark_ended(output: Path, *, step: int, reason: str) -> None:
+    """Note that a run has given up: beside others it is not started again, alone it is."""
+    durable.write(output / ENDED, json.dumps(dict(step=step, reason=reason), indent=1) + "\n")
+
+
+def read_ended(output: Path) -> dict[str, Any] | None:
+    """At which step and why a run has given up; None if it has not."""
+    try:
+        return json.loads((output / ENDED).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return dict(step=0, reason="unknown")
+
+
 def describe(output: Path, recipe: Recipe, ds_config: dict[str, Any], corpus: Corpus, student: RelationEncoder) -> None:
     """Write what it takes to read the checkpoints (recipe, DeepSpeed configuration, the student's, its tokenizer), and
     where the student comes from."""
     output.mkdir(parents=True, exist_ok=True)
+    (output / ENDED).unlink(missing_ok=True)
     write_recipe(recipe, output / "recipe.toml")
     durable.write(output / "deepspeed.json", json.dumps(ds_config, indent=2))
     (output / MODEL).mkdir(exist_ok=True)

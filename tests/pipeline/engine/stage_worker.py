@@ -3,7 +3,9 @@
 Started by torchrun with a folder that holds jobs.json, a list of
 
     {"run": name of the run's folder, "config": a DeepSpeed configuration, "copy": a run to start from, "resume": ...,
-     "overrides": [...]}
+     "overrides": [...], "students": {name: overrides of its own}}
+
+With `students` several train side by side, each in the folder RUN/NAME.
 
 Each job goes through the same `distill` that the launch script calls. Rank 0 writes the exit codes to codes-RANKS.json.
 """
@@ -28,8 +30,10 @@ def main(folder: Path, jobs: str) -> None:
         if dist.get_rank() == 0 and "copy" in job:
             shutil.copytree(folder / job["copy"], output)
         dist.barrier()
-        recipe = load_recipe("demo", [*job["overrides"], f"run.output={output}"])
-        codes[job["run"]] = distill(recipe, job["config"], resume=job.get("resume", "auto"))
+        students = {output / name: own for name, own in job.get("students", {}).items()} or {output: []}
+        recipes = [load_recipe("demo", [*job["overrides"], *own, f"run.output={o}"]) for o, own in students.items()]
+        options = {name: job[name] for name in ("resume", "stop_at_step") if name in job}
+        codes[job["run"]] = distill(recipes, job["config"], **options)
         dist.barrier()
     if dist.get_rank() == 0:
         (folder / f"codes-{jobs}").write_text(json.dumps(codes))

@@ -6,11 +6,7 @@ GPUs the same cases run on them (`pytest -m gpu`), on one and on as many as ther
 
 import contextlib
 import itertools
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.shards import Corpus
 from pipeline.data.loader import Loader
-from pipeline.engine import deepspeed_config
 from pipeline.engine.checkpoint import read_weights
-from pipeline.engine.operators import import_deepspeed
 from pipeline.engine.records import find
 from pipeline.engine.student import learning_rate_factor
 from pipeline.recipes import load_recipe
@@ -34,66 +28,15 @@ from pipeline.training.build import data_options
 from pipeline.training.metrics import read_metrics
 from pipeline.training.run_folder import FinishedRun
 from tests import toy
+from tests.jobs import NAMES, RUNNABLE, precision, settings, train
 from tests.read import losses_of
 
-SHIPPED = [name for name in deepspeed_config.shipped_ds_configs() if "nvme" not in name]  # that needs libaio's headers
-BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
-OTHERS = {
-    **{f"fp32-stage{stage}": {"zero_optimization": {"stage": stage}} for stage in (0, 2, 3)},  # stage 1 is `cpu`
-    "bf16-stage1-plain": {**BF16, "zero_optimization": {"stage": 1}},  # the bf16 path without fp32 accumulation
-    "fp16-stage0": {**FP16, "zero_optimization": {"stage": 0}},
-    "fp16-stage2": {**FP16, "zero_optimization": {"stage": 2}},
-}
-NAMES = [*SHIPPED, *OTHERS]
 STEPS = 4
 # How far a curve may be from that of fp32 without ZeRO, relative: what the precision gives, not the stage.
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.03, "fp16": 0.01}
 
 
-def settings(name: str) -> dict:
-    """A configuration with micro-batches of two, so that gradients are accumulated, as far as this machine has it."""
-    config = json.loads(json.dumps(OTHERS.get(name) or deepspeed_config.read_ds_config(name)))
-    config["train_micro_batch_size_per_gpu"] = 2
-    if not torch.cuda.is_available() and "offload" in name:  # pinned memory wants a GPU, DeepSpeed's Adam a compiler
-        config["zero_force_ds_cpu_optimizer"] = False
-        for what in ("offload_optimizer", "offload_param"):
-            config["zero_optimization"].get(what, {}).pop("pin_memory", None)
-    return config
-
-
-def precision(name: str) -> str:
-    return (
-        str(deepspeed_config.compute_dtype(settings(name)))
-        .replace("torch.float32", "fp32")
-        .replace("torch.bfloat16", "bf16")
-        .replace("torch.float16", "fp16")
-    )
-
-
-def supported(name: str) -> bool:
-    import_deepspeed()
-    from deepspeed.accelerator import get_accelerator
-
-    return precision(name) != "fp16" or get_accelerator().is_fp16_supported()
-
-
-RUNNABLE = [name for name in NAMES if supported(name)]
 RANKS = (1, 2) if not torch.cuda.is_available() or torch.cuda.device_count() > 1 else (1,)
-
-
-def train(folder: Path, ranks: int, jobs: list[dict]) -> dict[str, int]:
-    """Run the jobs on so many ranks; exit codes by run."""
-    name = f"jobs-{len(list(folder.glob('jobs-*')))}.json"
-    (folder / name).write_text(json.dumps(jobs))
-    worker = Path(__file__).with_name("stage_worker.py")
-    command = [Path(sys.executable).parent / "torchrun", "--standalone", f"--nproc-per-node={ranks}", worker]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "DS_LOG_LEVEL": "error"}
-    process = subprocess.run(
-        list(map(str, [*command, folder, name])), env=environment, capture_output=True, text=True, timeout=600
-    )
-    (folder / f"log-{name}.txt").write_text(process.stdout)
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-5000:]
-    return json.loads((folder / f"codes-{name}").read_text())
 
 
 def log_of(folder: Path) -> str:

@@ -3,12 +3,12 @@ import textwrap
 
 from pipeline.training import monitor
 from pipeline.training.metrics import read_metrics
-from pipeline.training.monitor import RunLog
+from pipeline.training.monitor import RunLog, Terminal
 
 
 def log(folder, first_step=0, events=None):
     sink = events if events is not None else []
-    return RunLog(folder, sink.extend, total_steps=10, first_step=first_step, is_main=True)
+    return RunLog(folder, sink.extend, first_step=first_step, is_main=True, say=print)
 
 
 def test_records_reach_the_file_and_tensorboard(tmp_path):
@@ -35,18 +35,20 @@ def test_what_a_crash_undid_is_forgotten_on_resume(tmp_path):
     assert (tmp_path / "metrics.jsonl").stat().st_ino != before  # a new file, by rename
 
 
-def test_other_ranks_write_nothing(tmp_path):
-    run_log = RunLog(tmp_path, [].extend, total_steps=1, first_step=0, is_main=False)
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    run_log = RunLog(tmp_path, [].extend, first_step=0, is_main=False, say=print)
     run_log.record("train", 1, {"loss": 1.0})
-    run_log.progress(1, "text")
     run_log.close()
-    assert list(tmp_path.iterdir()) == []
+    terminal = Terminal(total_steps=1, first_step=0, is_main=False)
+    terminal.progress(1, "text")
+    terminal.close()
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
-def test_progress_is_plain_lines_without_a_terminal(tmp_path, capsys):
-    run_log = log(tmp_path)
-    run_log.progress(5, "loss 1.0")
-    run_log.close()
+def test_progress_is_plain_lines_without_a_terminal(capsys):
+    terminal = Terminal(total_steps=10, first_step=0, is_main=True)
+    terminal.progress(5, "loss 1.0")
+    terminal.close()
     assert capsys.readouterr().out.startswith("step 5/10  loss 1.0  left 0:00:0")
 
 
@@ -70,7 +72,7 @@ def test_logging_that_fails_does_not_end_a_training(tmp_path, capsys):
     def broken(events):
         raise RuntimeError("the writer's thread has died")
 
-    run_log = RunLog(tmp_path, broken, total_steps=10, first_step=0, is_main=True)
+    run_log = RunLog(tmp_path, broken, first_step=0, is_main=True, say=print)
     run_log._file.close()
     run_log._file = open("/dev/full", "ab", buffering=0)
     for step in (1, 2, 3):
@@ -92,7 +94,7 @@ FILL = textwrap.dedent(
     from pipeline.training.metrics import read_metrics
     folder = Path(sys.argv[1])
     (folder / "ballast").write_bytes(bytes(60_000))
-    log = RunLog(folder, [].extend, total_steps=10, first_step=0, is_main=True)
+    log = RunLog(folder, [].extend, first_step=0, is_main=True, say=print)
     for step in range(1, 41):
         log.record("train", step, {"loss": 1.0, "text": "x" * 5000})
         if step == 30:

@@ -29,7 +29,7 @@ def test_what_the_teacher_makes_impossible_is_refused(override, message):
 def test_folders_on_nvme_must_exist(tmp_path):
     recipe = load_recipe("demo")
     with pytest.raises(UserError, match="offload_param.nvme_path = '/local_nvme': expected a folder that exists"):
-        check(recipe, read_ds_config("zero3_nvme"), world_size=1)
+        check([recipe], read_ds_config("zero3_nvme"), world_size=1)
     recipe = load_recipe("demo", ["teacher.placement=zero3_nvme", f"teacher.nvme_path={tmp_path / 'none'}"])
     with pytest.raises(UserError, match="teacher.nvme_path = .*none'"):
-        check(recipe, read_ds_config("cpu"), world_size=1)
+        check([recipe], read_ds_config("cpu"), world_size=1)

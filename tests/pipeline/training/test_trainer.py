@@ -8,7 +8,7 @@ import torch
 
 from pipeline.engine.checkpoint import read_weights
 from pipeline.training.metrics import read_metrics
-from pipeline.training.trainer import step_seed
+from pipeline.training.student_run import micro_batch_seed
 
 
 def losses(folder, kind="train"):
@@ -46,10 +46,12 @@ def test_checkpoint_of_another_recipe_is_refused_and_kept(runs, distill):
     assert sorted((path, path.stat().st_mtime_ns) for path in runs.unbroken.rglob("*")) == before
 
 
-def test_step_seeds_differ_between_steps_ranks_and_seeds():
-    seeds = {step_seed(seed, step, rank) for seed in (1, 2) for step in range(50) for rank in range(4)}
-    assert len(seeds) == 2 * 50 * 4
-    assert step_seed(1, 2, 3) == step_seed(1, 2, 3)
+def test_seeds_differ_between_steps_micro_batches_ranks_and_runs():
+    numbers = [
+        (seed, step, number, rank) for seed in (1, 2) for step in range(20) for number in (0, 1) for rank in (0, 3)
+    ]
+    assert len({micro_batch_seed(*each) for each in numbers}) == len(numbers)
+    assert micro_batch_seed(1, 2, 3, 4) == micro_batch_seed(1, 2, 3, 4)
 
 
 @pytest.mark.slow
