@@ -39,6 +39,7 @@ def minilm() -> None:
     minilm distill --recipe R                          shards + teacher -> checkpoints
     minilm export RUN                                  checkpoint -> Hugging Face model
     minilm evaluate RUN                                exported model -> scores
+    minilm compare RUN...                              runs side by side: what differs, what came of it
     minilm inspect PATH                                what is in a corpus or a run
     """
 
@@ -172,6 +173,28 @@ def evaluate(run: Path, step: int | None, probe: Path | None, texts: int) -> Non
     scores = evaluator.evaluate(FinishedRun.open(run, step), probe=probe, texts=texts)
     for table in evaluator.tables(scores):
         _console().print(table)
+
+
+@minilm.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option("--plot", type=click.Path(path_type=Path), help="Picture of the losses against tokens and time, .svg.")
+def compare(runs: tuple[Path, ...], plot: Path | None) -> None:
+    """Say in what runs differ, and what came of it.
+
+    \b
+    Examples:
+      minilm compare runs/study/*
+      minilm compare runs/a runs/b --plot study.svg
+    """
+    from data_prep import durable
+    from pipeline.results import compare as comparison
+    from pipeline.results import curves
+
+    outcomes = comparison.read(runs)
+    _console().print(comparison.table(outcomes))
+    if plot:
+        durable.write(plot, curves.picture(outcomes))
+        click.echo(f"curves: {plot}")
 
 
 def _console():

@@ -157,12 +157,10 @@ class Distillation:
 
     def _how_it_ended(self, last_step: int) -> int:
         fruitless = [run for run in self.active if run.engine.skipped_steps >= self.step > 0]
-        for run in fruitless:
-            run.say(f"all {self.step} steps were skipped, because none was finite: nothing has been learned")
         for run in self.active:
             if run in fruitless:
-                continue
-            if self.step < last_step:
+                run.say(f"all {self.step} steps were skipped, because none was finite: nothing has been learned")
+            elif self.step < last_step:
                 run.say(f"stopped after step {self.step} as asked; start again to go on")
             else:
                 run.say(f"done: {self.step} steps, {self.samples_seen:,} samples, {run.output}")

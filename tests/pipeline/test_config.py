@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 
@@ -6,7 +7,7 @@ from data_prep.errors import UserError
 from pipeline import recipes
 from pipeline.config import Recipe
 from pipeline.engine.records import differences
-from pipeline.recipes import load_recipe, shipped_recipes, write_recipe
+from pipeline.recipes import load_recipe, load_recipes, shipped_recipes, write_recipe
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -81,3 +82,29 @@ def test_recipes_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_recipe("demo").optimizer.steps = 3
     assert isinstance(load_recipe("demo"), Recipe)
+
+
+def test_what_varies_becomes_a_run_of_each_combination():
+    recipes = load_recipes(
+        ["demo"], ["run.output=/s"], ["teacher.layer=4,6", "relations.pairs={qq = 1.0, kk = 2.0},{vv=1.0}"]
+    )
+    assert [(r.teacher.layer, r.relations.pairs) for r in recipes] == [
+        (layer, pairs) for layer in (4, 6) for pairs in ({"qq": 1.0, "kk": 2.0}, {"vv": 1.0})
+    ]
+    assert recipes[0].run.output == "/s/teacher.layer=4,relations.pairs={qq = 1.0, kk = 2.0}"
+    assert len({recipe.run.output for recipe in recipes}) == 4
+    assert load_recipes(["demo"]) == [load_recipe("demo")]
+
+
+def test_several_recipes_under_one_output_get_folders_of_their_own():
+    names = ["roberta-large-12x384", "roberta-large-6x384"]
+    recipes = load_recipes(names, ["run.output=/s", "data.corpus=c"], ["optimizer.peak_lr=3e-4"])
+    assert [recipe.run.output for recipe in recipes] == [f"/s/{name}/optimizer.peak_lr=3e-4" for name in names]
+
+
+@pytest.mark.parametrize(
+    "vary", ["teacher.layer", "teacher.layer=", "layer=1,2", "teacher.layer=1,1", "teacher.layer=1,,2", "run.seed=1,2"]
+)
+def test_what_cannot_vary_is_said(vary):
+    with pytest.raises(UserError, match=re.escape(f"--vary {vary!r}")):
+        load_recipes(["demo"], [], [vary])

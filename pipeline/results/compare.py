@@ -1,0 +1,200 @@
+"""Runs side by side: in what they differ, and what came of it; no GPU and no process group is needed."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from pipeline.config import Recipe
+from pipeline.recipes import load_recipe
+from pipeline.results.export import MARKER
+from pipeline.training.metrics import iterate_metrics
+from pipeline.training.run_folder import EXPORT, MODEL, read_ended
+
+_NO_DIFFERENCE = ("run.output", "teacher.placement", "teacher.nvme_path", "data.verify", "relations.implementation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run's folder says of it.
+
+    Attributes:
+        name: its folder, as short as tells it from the others.
+        step: of its last record.
+        held_out: relation -> the last held-out loss.
+        tokens_per_second: of its last training record; of all of a step's time, also where others trained beside it.
+        parameters: of the student.
+        scores: measure -> value, as `evaluate` has left them in the exported folder.
+        training, validation: (tokens seen, seconds of training, loss) of every record, oldest first.
+        has_ended: it gave up while others beside it went on.
+    """
+
+    name: str
+    recipe: Recipe
+    step: int
+    held_out: dict[str, float]
+    tokens_per_second: float
+    parameters: int
+    scores: dict[str, float]
+    training: list[tuple[float, float, float]] = field(repr=False)
+    validation: list[tuple[float, float, float]] = field(repr=False)
+    has_ended: bool = False
+
+
+def read(folders: Sequence[Path]) -> list[Outcome]:
+    """The outcomes of runs, in the order given.
+
+    Raises:
+        UserError: a folder is not a run's.
+    """
+    found = []
+    names = _short(folders)
+    for folder, name in zip(folders, names, strict=True):
+        if not (folder / "recipe.toml").is_file():
+            raise UserError(f"{folder} is not the folder of a run: it has no recipe.toml. Give a recipe's run.output.")
+        recipe = load_recipe(str(folder / "recipe.toml"))
+        training, validation = _curves(folder, recipe)
+        records = {record["kind"]: record for record in iterate_metrics(folder)}
+        last = records.get("train", {})
+        found.append(
+            Outcome(
+                name=name,
+                recipe=recipe,
+                step=last.get("step", 0),
+                held_out=records.get("validation", {}).get("per_pair", {}),
+                tokens_per_second=last.get("tokens_per_second", 0.0),
+                parameters=_parameters(folder),
+                scores=_scores(folder),
+                training=training,
+                validation=validation,
+                has_ended=read_ended(folder) is not None,
+            )
+        )
+    return found
+
+
+def differences(outcomes: Sequence[Outcome]) -> dict[str, list[str]]:
+    """Keys of the recipes that are not the same in all runs -> the value of each run."""
+    flat = [dict(_flat(outcome.recipe.to_dict())) for outcome in outcomes]
+    keys = dict.fromkeys(key for values in flat for key in values if key not in _NO_DIFFERENCE)
+    rows = {key: [_text(values.get(key)) for values in flat] for key in keys}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+
+def groups(outcomes: Sequence[Outcome]) -> list[str]:
+    """A letter for each run; the losses of two runs say something about each other only where the letters agree.
+
+    That is where the same relations of the same teacher are learned, on samples of the same length of the same text.
+    """
+    kinds: dict[str, str] = {}
+    return [kinds.setdefault(_measured_by(outcome.recipe), chr(ord("A") + len(kinds))) for outcome in outcomes]
+
+
+def _measured_by(recipe: Recipe) -> str:
+    """What the value of a run's loss depends on, beside the student."""
+    relations = recipe.relations
+    held_out = (recipe.data.corpus, recipe.data.seq_tokens, recipe.data.packing, recipe.data.attention)
+    what = (recipe.teacher.model, recipe.teacher.layer, relations.heads, sorted(relations.pairs), relations.layers)
+    return json.dumps([what, held_out, recipe.logging.validation_samples, recipe.run.seed], default=str)
+
+
+def table(outcomes: Sequence[Outcome]):
+    """One row a run: what differs, held-out losses, scores, size and speed; as a rich group."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    differing, letters = differences(outcomes), groups(outcomes)
+    losses = list(dict.fromkeys(pair for outcome in outcomes for pair in outcome.held_out))
+    measures = list(dict.fromkeys(measure for outcome in outcomes for measure in outcome.scores))
+    result = Table("run", *differing, "step")
+    for heading in (*(f"held-out {pair}" for pair in losses), *measures, "parameters", "tokens/s"):
+        result.add_column(heading, justify="right")
+    for number, (outcome, letter) in enumerate(zip(outcomes, letters, strict=True)):
+        mark = f" {letter}" if len(set(letters)) > 1 else ""
+        result.add_row(
+            outcome.name,
+            *(values[number] for values in differing.values()),
+            f"{outcome.step:,} of {outcome.recipe.optimizer.steps:,}{', gave up' if outcome.has_ended else ''}",
+            *(f"{outcome.held_out[pair]:.4f}{mark}" if pair in outcome.held_out else "" for pair in losses),
+            *(f"{outcome.scores[measure]:.4g}" if measure in outcome.scores else "" for measure in measures),
+            f"{outcome.parameters:,}",
+            f"{outcome.tokens_per_second:,.0f}",
+        )
+    notes = []
+    if len(set(letters)) > 1:
+        notes.append(
+            "Held-out losses compare only within a letter: another teacher layer, other relation heads or another text "
+            "make another scale. Between letters only scores count (minilm evaluate)."
+        )
+    if not differing and len(outcomes) > 1:
+        notes.append("The recipes do not differ.")
+    return Group(result, *map(Text, notes))
+
+
+def _curves(folder: Path, recipe: Recipe) -> tuple[list[tuple[float, float, float]], list[tuple[float, float, float]]]:
+    """(tokens, seconds, loss) of the training records and of the held-out ones."""
+    tokens = recipe.optimizer.global_batch_samples * recipe.data.seq_tokens
+    training, validation = [], []
+    step, seconds = 0, 0.0
+    for record in iterate_metrics(folder):
+        if record["kind"] == "train" and "loss" in record:
+            a_step = record.get("seconds", {}).get("total", 0.0) if isinstance(record.get("seconds"), dict) else 0.0
+            seconds += max(0, record["step"] - step) * a_step
+            step = record["step"]
+            training.append((step * tokens, seconds, record["loss"]))
+        elif record["kind"] == "validation":
+            validation.append((record["step"] * tokens, seconds, record["loss"]))
+    return training, validation
+
+
+def _parameters(folder: Path) -> int:
+    """Of the student, by its configuration."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    from pipeline.encoders.architectures import without_pooler
+
+    try:
+        config = AutoConfig.from_pretrained(folder / MODEL, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModel.from_config(config, trust_remote_code=False, **without_pooler(config)).num_parameters()
+    except (OSError, ValueError) as error:
+        raise UserError(f"the student's configuration in {folder / MODEL} cannot be read: {error}") from error
+
+
+def _scores(folder: Path) -> dict[str, float]:
+    """The student's scores that `evaluate` has left beside its export: probe accuracy and tasks."""
+    path = folder / EXPORT / "scores.json"
+    if not path.is_file() or not (folder / EXPORT / MARKER).is_file():
+        return {}
+    try:
+        scores = json.loads(path.read_bytes())
+        found = {"probe": scores["probe_accuracy"]["student"]} if scores.get("probe_accuracy") else {}
+        for result in scores.get("results", []):
+            found[f"{result['dataset_name']} {result['metric']}"] = result["value"]
+        return {name: float(value) for name, value in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _short(folders: Sequence[Path]) -> list[str]:
+    """Folders without what they have in common in front."""
+    whole = [Path(os.path.abspath(folder)) for folder in folders]
+    above = Path(os.path.commonpath([folder.parent for folder in whole]))
+    return [str(folder.relative_to(above)) for folder in whole]
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,72 @@
+"""Comparing real runs that differ in a key."""
+
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from rich.console import Console
+
+from data_prep.errors import UserError
+from pipeline.results import compare, curves
+from pipeline.training.metrics import read_metrics
+
+
+def shown(outcomes) -> str:
+    console = Console(width=400, record=True, file=open("/dev/null", "w"))
+    console.print(compare.table(outcomes))
+    return console.export_text()
+
+
+@pytest.fixture
+def pair(runs, tmp_path):
+    """The same run twice, the second one with another rate in its recipe and other losses."""
+    one, other = (shutil.copytree(runs.unbroken, tmp_path / name) for name in ("one", "other"))
+    recipe = (other / "recipe.toml").read_text()
+    (other / "recipe.toml").write_text(re.sub(r"peak_lr = .*", "peak_lr = 0.5", recipe))
+    return [one, other]
+
+
+def test_what_differs_and_what_came_of_it(pair):
+    outcomes = compare.read(pair)
+    assert compare.differences(outcomes) == {"optimizer.peak_lr": ["0.002", "0.5"]}
+    text = shown(outcomes)
+    held_out = read_metrics(pair[0], "validation")[-1]["per_pair"]
+    assert f"{held_out['qq']:.4f} " in text and "6 of 6" in text and f"{outcomes[0].parameters:,}" in text
+    assert "within a letter" not in text and [outcome.name for outcome in outcomes] == ["one", "other"]
+
+
+def test_losses_of_another_scale_are_marked(pair):
+    recipe = pair[1] / "recipe.toml"
+    recipe.write_text(re.sub(r"(?m)^heads = 48", "heads = 24", recipe.read_text()))
+    outcomes = compare.read(pair)
+    assert compare.groups(outcomes) == ["A", "B"] and "within a letter" in shown(outcomes)
+
+
+def test_scores_that_evaluate_has_left_are_shown_and_others_are_not(pair):
+    export = pair[0] / "export"
+    export.mkdir(exist_ok=True)
+    result = dict(dataset_name="sst2", metric="accuracy", value=0.9123)
+    (export / "scores.json").write_text(json.dumps(dict(probe_accuracy={"student": 0.61}, results=[result])))
+    assert compare.read(pair)[0].scores == {}  # somebody else's file
+    (export / "minilm-export.json").write_text("{}")
+    assert compare.read(pair)[0].scores == {"probe": 0.61, "sst2 accuracy": 0.9123}
+    (export / "scores.json").write_text("[1")
+    assert compare.read(pair)[0].scores == {}
+
+
+def test_the_picture_holds_a_curve_of_each_run_against_tokens_and_time(pair):
+    picture = ElementTree.fromstring(curves.picture(compare.read(pair)))
+    lines = picture.findall("{http://www.w3.org/2000/svg}polyline")
+    assert len(lines) == 4 and all(len(line.get("points").split()) >= 2 for line in lines)
+    outcomes = compare.read(pair)
+    assert outcomes[0].training[-1][0] == 6 * 8 * 32  # tokens
+    assert outcomes[0].training[-1][1] == pytest.approx(
+        sum(r["seconds"]["total"] for r in read_metrics(pair[0], "train"))
+    )
+
+
+def test_a_folder_that_is_no_run_is_named(pair, tmp_path):
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        compare.read([pair[0], tmp_path])
