@@ -103,22 +103,22 @@ def ds_configs(
     return merged
 
 
-def costs(teacher: float, students: Mapping[str, float], memory: Mapping[str, int]) -> list[str]:
+def costs(teacher: float, students: Mapping[str, tuple[float, int]]) -> list[str]:
     """What training side by side costs, in words.
 
     Args:
-        teacher: operations of the teacher in a step, in floating-point operations.
-        students: of each student, by its run's name.
-        memory: bytes of weights, gradients and optimizer of each student, over all ranks.
+        teacher: floating-point operations of the teacher in a step.
+        students: of each run, by its name: operations of the student in a step, and bytes of its weights, gradients and
+            optimizer over all ranks.
     """
-    together = teacher + sum(students.values())
-    apart = len(students) * teacher + sum(students.values())
-    shares = ", ".join(f"{name} {operations / together:.0%}" for name, operations in students.items())
+    own, memory = (sum(values) for values in zip(*students.values(), strict=True))
+    together, apart = teacher + own, len(students) * teacher + own
+    shares = ", ".join(f"{name} {operations / together:.0%}" for name, (operations, _) in students.items())
     return [
         f"{len(students)} students side by side: a step takes {together / 1e12:.3g} TFLOP: teacher "
         f"{teacher / together:.0%}, {shares}",
         f"one after another they would take about {apart / together:.2f} times as much; their weights, gradients and "
-        f"optimizers need {sum(memory.values()) / 2**30:.2f} GiB",
+        f"optimizers need {memory / 2**30:.2f} GiB",
     ]
 
 

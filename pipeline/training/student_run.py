@@ -165,8 +165,10 @@ class StudentRun:
         self.log.record("skipped", self.step, {"in_a_row": self.skipped_in_a_row, **samples})
         self.say(f"step {self.step} skipped: loss or gradient not finite (samples {list(samples.values())})")
 
-    def log_step(self, *, seconds: float, steps: int, shared: dict[str, Any], phases: dict[str, float]) -> str:
-        """Log the step just taken; returns the losses as a text.
+    def log_step(
+        self, *, seconds: float, steps: int, shared: dict[str, Any], phases: dict[str, float]
+    ) -> dict[str, Any]:
+        """Log the step just taken, and return what was logged: `loss`, `per_pair` and so on.
 
         Args:
             seconds: a step took.
@@ -190,7 +192,7 @@ class StudentRun:
             peak_memory_bytes=peak_memory_bytes(self.device),
         )
         self.log.record("train", self.step, values)
-        return loss_text(values)
+        return values
 
     def log_validation(self, sums: Tensor) -> None:
         """Log the held-out loss.

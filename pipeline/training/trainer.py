@@ -26,7 +26,7 @@ from pipeline.training import company, flops
 from pipeline.training.build import data_options
 from pipeline.training.monitor import PhaseTimer, Terminal
 from pipeline.training.stopping import EXIT_DIVERGED, EXIT_REQUEUE, StopRequest
-from pipeline.training.student_run import StudentRun
+from pipeline.training.student_run import StudentRun, loss_text
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
 
@@ -104,11 +104,9 @@ class Distillation:
         )
 
     def _say_what_company_costs(self) -> None:
-        if len(self.runs) > 1:
-            students = {run.name: run.operations for run in self.runs}
-            memory = {run.name: company.state_bytes(run.engine) for run in self.runs}
-            for line in company.costs(self._teacher_operations(), students, memory):
-                self.terminal.say(line)
+        students = {run.name: (run.operations, company.state_bytes(run.engine)) for run in self.runs}
+        for line in company.costs(self._teacher_operations(), students) if len(students) > 1 else ():
+            self.terminal.say(line)
 
     def compile_layers(self) -> None:
         getattr(self.teacher, "module", self.teacher).compile_layers(ragged=self.recipe.data.packing == "none")
@@ -280,10 +278,10 @@ class Distillation:
             shared["model_flops_utilisation"] = shared["flops_per_second"] / (peak * world_size)
         phases = self.timer.take() | {"data_wait": self.loader.data_wait_seconds - interval.data_wait_seconds}
         phases = {name: spent / steps for name, spent in phases.items()}
-        texts = []
-        for run in self.active:
-            text = run.log_step(seconds=seconds, steps=steps, shared=shared, phases=phases)
-            texts.append(f"{run.name} {text}  lr {run.lr:.1e}".strip())
+        logged = [run.log_step(seconds=seconds, steps=steps, shared=shared, phases=phases) for run in self.active]
+        texts = [f"{loss_text(logged[0])}  lr {self.active[0].lr:.1e}"]
+        if len(self.runs) > 1:
+            texts = [f"{run.name} {values['loss']:.4f}" for run, values in zip(self.active, logged, strict=True)]
         self.terminal.progress(self.step, f"{'  |  '.join(texts)}  {tokens / seconds:,.0f} tokens/s")
 
 
