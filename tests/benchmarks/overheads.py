@@ -15,7 +15,7 @@ from collections import defaultdict
 
 from pipeline.engine import deepspeed_config, process_group, records
 from pipeline.recipes import load_recipe
-from pipeline.training import preflight, run_folder
+from pipeline.training import job, run_folder
 from pipeline.training.trainer import Distillation
 
 STEPS, SAVES = 40, 5
@@ -46,17 +46,19 @@ def main() -> None:
         recipe = load_recipe(options.recipe, [*options.overrides, *limits, *intervals])
         usual = load_recipe(options.recipe, options.overrides)
         ds_config = deepspeed_config.read_ds_config(options.ds_config)
-        corpus, record = preflight.check(recipe, ds_config, world_size=1), None
+        corpus = job.check_all([recipe], ds_config, world_size=1)
         process_group.init_distributed()
-        run = Distillation(recipe, deepspeed_config.merge(recipe, ds_config, world_size=1), corpus, record)
+        run = Distillation([recipe], ds_config, corpus, [None])
+        (student,) = run.runs
         seconds: dict[str, list[float]] = defaultdict(list)
-        for owner, name in ((run, "_take_step"), (run, "_log_step"), (run, "save"), (run.student, "save_checkpoint")):
-            timed(owner, name, seconds)
+        for name in ("_take_step", "_log_step", "_save"):
+            timed(run, name, seconds)
+        timed(student.engine, "save_checkpoint", seconds)
         run.train()
-        newest = records.read_record(run.output / run_folder.CHECKPOINTS / records.tag_of(STEPS))
+        newest = records.read_record(student.output / run_folder.CHECKPOINTS / records.tag_of(STEPS))
         run.close()
     step, log, save, written = (
-        statistics.median(seconds[name]) for name in ("_take_step", "_log_step", "save", "save_checkpoint")
+        statistics.median(seconds[name]) for name in ("_take_step", "_log_step", "_save", "save_checkpoint")
     )
     megabytes = sum(file["bytes"] for file in newest.files.values()) / 1e6
     every_log, every_save = usual.logging.every_steps, usual.checkpoint.every_steps

@@ -28,7 +28,7 @@ from pipeline import relation_kernel  # noqa: E402
 from pipeline.encoders.models import RelationEncoder, StudentShape, build_student, with_layers  # noqa: E402
 from pipeline.relations.loss import relation_loss  # noqa: E402
 from pipeline.relations.qkv import QKV
-from pipeline.training.flops import peak_flops, step_flops  # noqa: E402
+from pipeline.training.flops import peak_flops, student_flops, teacher_flops  # noqa: E402
 
 SHAPES = {
     "xlmr-large": dict(
@@ -157,9 +157,8 @@ def main() -> None:
     rounds = [step.run() for _ in range(options.rounds)]
     times = {phase: statistics.median(r[phase] for r in rounds) for phase in PHASES}
     total = statistics.median(sum(r.values()) for r in rounds)
-    flops = step_flops(
-        step.teacher, step.student, seq_tokens=options.positions, global_batch_samples=options.rows, pairs=3
-    )
+    sizes = dict(seq_tokens=options.positions, global_batch_samples=options.rows, relations=3)
+    flops = teacher_flops(step.teacher, **sizes) + student_flops(step.student, **sizes)
     name = torch.cuda.get_device_name()
     peak = peak_flops(name)
     print(f"{name}, {options.shape}, {options.rows} x {options.positions}, loss {options.loss}")

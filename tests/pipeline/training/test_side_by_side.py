@@ -7,6 +7,8 @@ import torch
 
 from pipeline.engine import records
 from pipeline.engine.checkpoint import read_weights
+from pipeline.results import compare
+from pipeline.training import run_folder
 from pipeline.training.metrics import read_metrics
 from tests import toy
 from tests.jobs import RUNNABLE, settings, train
@@ -83,3 +85,26 @@ def test_with_every_other_configuration(ranks, toy_run):
 def test_with_a_partitioned_teacher_and_other_samples(more, toy_run, tmp_path):
     _, overrides = toy_run
     assert_all_the_same(run_all(tmp_path, [*overrides, *more], ["zero1"], ranks=2), "zero1", 2)
+
+
+@pytest.mark.slow
+def test_a_student_that_diverges_ends_alone_and_is_left_out_afterwards(distill, tmp_path):
+    """As users start it: two rates, one of them far too large."""
+    study = tmp_path / "study"
+    vary = ["--vary", "optimizer.peak_lr=2e-3,1e30", "checkpoint.stop_after_skipped_steps=2"]
+    process = distill(study, *vary, "--stop-at=4", expect=3)
+    good, bad = study / "optimizer.peak_lr=2e-3", study / "optimizer.peak_lr=1e30"
+    assert "2 students side by side" in process.stdout and "giving up: 2 steps in a row" in process.stdout
+    assert run_folder.read_ended(bad)["step"] == 3 and run_folder.read_ended(good) is None
+    assert records.whole_steps(bad / "checkpoints") == [3] and 4 in records.whole_steps(good / "checkpoints")
+    process = distill(study, *vary, expect=3)
+    assert "has given up" in process.stdout and "resumed from step 4" in process.stdout
+    assert [outcome.has_ended for outcome in compare.read([good, bad])] == [False, True]
+    alone = distill(bad, "optimizer.peak_lr=1e30", "checkpoint.stop_after_skipped_steps=2", expect=3)
+    assert "resumed from step 3" in alone.stdout  # alone it may try again
+
+
+def test_recipes_that_do_not_go_together_are_refused_before_anything_is_written(distill, tmp_path):
+    process = distill(tmp_path / "study", "--vary", "data.seq_tokens=16,32", ranks=1, expect=2)
+    assert "data.seq_tokens: 16 in recipe 1, 32 in recipe 2" in process.stderr and "Traceback" not in process.stderr
+    assert not (tmp_path / "study").exists()
