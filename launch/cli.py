@@ -137,22 +137,32 @@ def _do_without_torch() -> None:
 @click.option("--step", type=click.IntRange(min=1), help="Of the checkpoint; the newest whole one by default.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; RUN/export by default.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
-def export(run: Path, step: int | None, out: Path | None, **options) -> None:
+@click.option("--sentence-transformers", is_flag=True, help="Add what that library wants, with mean pooling.")
+@click.option("--onnx", is_flag=True, help="Add ONNX files in fp32 and int8, compared and timed (extra `onnx`).")
+@click.option("--push-to-hub", metavar="REPO", help="Upload to NAME or OWNER/NAME on the hub, private if it is new.")
+@click.option("--public", is_flag=True, help="With --push-to-hub: a new repository can be seen by all.")
+def export(run: Path, step: int | None, out: Path | None, push_to_hub: str | None, public: bool, **options) -> None:
     """Turn a run's checkpoint into a Hugging Face folder with model, tokenizer, licence and model card.
 
     \b
     Examples:
       minilm export runs/demo/run
       minilm export runs/demo/run --dtype bf16 --out /models/student
+      minilm export runs/demo/run --sentence-transformers --onnx --push-to-hub me/my-student
     """
     from pipeline.results import export as exporter
+    from pipeline.shipping import hub
     from pipeline.training.run_folder import FinishedRun
 
+    if push_to_hub:
+        hub.check_name(push_to_hub)
     finished = FinishedRun.open(run, step)
     folder = exporter.export(finished, out, exporter.Options(**options))
     click.echo(f"step {finished.record.step} of {run} -> {folder}")
-    for remark in exporter.remarks(finished):
-        click.echo(remark)
+    for remark in exporter.remarks(finished, folder):
+        _console().print(remark)
+    if push_to_hub:
+        click.echo(f"pushed to {hub.push(folder, push_to_hub, public=public)}")
 
 
 @minilm.command()

@@ -4,6 +4,7 @@ with serve({"models/someone/teacher": folder, "datasets/someone/texts": folder})
     subprocess.run(..., env={**os.environ, **hub.environment(cache)})
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -15,13 +16,17 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by `models/OWNER/NAME` or `datasets/OWNER/NAME`; `requests` lists what was asked for."""
+    """Repositories by `models/OWNER/NAME` or `datasets/OWNER/NAME`; `requests` lists what was asked for.
+
+    With a folder for `uploads` models can be made and committed to; `created` says how they were asked for.
+    """
 
     daemon_threads = True
 
-    def __init__(self, repositories: dict[str, Path]):
+    def __init__(self, repositories: dict[str, Path], uploads: Path | None = None):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.repositories = repositories
+        self.repositories, self.uploads = repositories, uploads
+        self.created: dict[str, str] = {}
         self.requests: list[str] = []
 
     def environment(self, cache: Path) -> dict[str, str]:
@@ -42,8 +47,8 @@ def _etag(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def serve(repositories: dict[str, Path]) -> Iterator[Hub]:
-    hub = Hub(repositories)
+def serve(repositories: dict[str, Path], uploads: Path | None = None) -> Iterator[Hub]:
+    hub = Hub(repositories, uploads)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     try:
         yield hub
@@ -67,6 +72,45 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(f"{kind}/{parts[0]}/{parts[1]}", parts[4:] if len(parts) > 4 else [])
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        self.server.requests.append(f"{self.command} {self.path}")
+        length = self.headers.get("Content-Length")
+        body = self.rfile.read(int(length)) if length else b"".join(iter(self._chunk, b""))
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")[1:]
+        if self.server.uploads is None:
+            return self._send(403, b"{}", {"X-Error-Message": "You have no right to write here."})
+        if parts == ["repos", "create"]:
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            self.server.created[name] = "private" if asked.get("private") else asked.get("visibility", "public")
+            made = self.server.repositories[f"models/{name}"] = self.server.uploads / name
+            made.mkdir(parents=True, exist_ok=True)
+            return self._json({"url": f"http://{self.headers['Host']}/{name}", "id": name})
+        if parts == ["validate-yaml"]:
+            return self._json({"errors": [], "warnings": []})
+        repository = "/".join(parts[:3])
+        if parts[3] == "preupload":
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self._json({"files": files})
+        for line in body.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                path = self.server.repositories[repository] / entry["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(entry["value"]["content"]))
+        commit = self.server.revision(repository)
+        self._json(
+            {"commitUrl": f"http://{self.headers['Host']}/{'/'.join(parts[1:3])}/commit/{commit}", "commitOid": commit}
+        )
+
+    def _chunk(self) -> bytes:
+        """The next piece of a body that is sent in pieces."""
+        data = self.rfile.read(int(self.rfile.readline(), 16))
+        self.rfile.readline()
+        return data
 
     def _api(self, repository: str, rest: list[str]) -> None:
         if repository not in self.server.repositories:

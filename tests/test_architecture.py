@@ -38,6 +38,9 @@ OWNERS = {
     "tokenizers": ("data_prep.tokens",),
     "tokie": ("data_prep.tokens",),
     "ray": ("data_prep.work.engines",),
+    "onnx": ("pipeline.shipping.onnx_files",),
+    "onnxruntime": ("pipeline.shipping.onnx_files",),
+    "onnxscript": ("pipeline.shipping.onnx_files",),
     "triton": ("pipeline.relations.kernel",),
     "transformers": ("data_prep.tokens", "pipeline"),
 }

@@ -14,7 +14,7 @@ from pipeline import provenance
 from pipeline.encoders.architectures import architecture_of
 from pipeline.encoders.models import RelationEncoder, tail_parameter_names
 from pipeline.provenance import Provenance
-from pipeline.shipping import card, folder, huggingface
+from pipeline.shipping import card, folder, huggingface, onnx_files, sentence_embedder
 from pipeline.training.run_folder import EXPORT, MODEL, FinishedRun
 
 
@@ -24,9 +24,13 @@ class Options:
 
     Attributes:
         dtype: of the weights: fp32, bf16 or fp16.
+        sentence_transformers: what that library looks for, with mean pooling.
+        onnx: ONNX files, made of the weights in fp32.
     """
 
     dtype: str = "fp32"
+    sentence_transformers: bool = False
+    onnx: bool = False
 
 
 def export(run: FinishedRun, out: Path | None = None, options: Options | None = None) -> Path:
@@ -47,6 +51,8 @@ def export(run: FinishedRun, out: Path | None = None, options: Options | None = 
     out = (out or run.folder / EXPORT).resolve()
     folder.check_replaceable(out, run.name)
     options = options or _options_of(out)
+    if options.onnx:
+        onnx_files.require()
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=".export-"))
     fresh, old = scratch / "model", scratch / "old"
@@ -100,15 +106,25 @@ def add_scores(run: FinishedRun, scores: dict[str, Any]) -> Path:
     return out
 
 
-def remarks(run: FinishedRun) -> list[str]:
-    """What whoever ships the folder should know."""
+def remarks(run: FinishedRun, out: Path) -> list:
+    """What whoever ships an exported folder should know, for a rich console."""
+    from rich.table import Table
+
+    found = []
+    if facts := card.read_facts(folder.read_marker(out)):
+        if facts.onnx:
+            head, *lines = onnx_files.rows(facts.onnx)
+            table = Table(*head, title="ONNX beside PyTorch")
+            for line in lines:
+                table.add_row(*line)
+            found += [table, onnx_files.note(facts.onnx)]
     origin, _ = provenance.read(run.folder, run.recipe)
-    if origin.license:
-        return []
-    return [
-        f"licence: unknown, because neither a card nor a LICENSE lies beside {origin.teacher}. Find it out before you "
-        "hand the student on"
-    ]
+    if not origin.license:
+        found.append(
+            f"licence: unknown, because neither a card nor a LICENSE lies beside {origin.teacher}. Find it out before "
+            "you hand the student on"
+        )
+    return found
 
 
 def _write(run: FinishedRun, out: Path, options: Options, scores: dict[str, Any]) -> None:
@@ -120,7 +136,7 @@ def _write(run: FinishedRun, out: Path, options: Options, scores: dict[str, Any]
     huggingface.write_tokenizer(run.folder / MODEL, out, seq_tokens=run.recipe.data.seq_tokens)
     huggingface.write_model(student.backbone, out, dtype=dtype)
     huggingface.check_reload(student.backbone, out, dtype=dtype)
-    facts = _facts(student, out, options)
+    facts = _formats(run, student, out, options)
     for name, content in notices.items():
         durable.write(out / name, content)
     _write_card(run, out, origin, facts, scores)
@@ -128,12 +144,18 @@ def _write(run: FinishedRun, out: Path, options: Options, scores: dict[str, Any]
     folder.obey_umask(out)
 
 
-def _facts(student: RelationEncoder, out: Path, options: Options) -> card.Facts:
+def _formats(run: FinishedRun, student: RelationEncoder, out: Path, options: Options) -> card.Facts:
+    """Write what was asked for beside the model, and gather the facts of the card."""
+    seq_tokens = run.recipe.data.seq_tokens
+    if options.sentence_transformers:
+        sentence_embedder.write(out, hidden=student.config.hidden_size, seq_tokens=seq_tokens)
     return card.Facts(
         parameters=student.backbone.num_parameters(),
         tail_tensors=len(tail_parameter_names(student)),
         dtype=options.dtype,
         pooler=architecture_of(student.config).has_pooler,
+        sentence_transformers=options.sentence_transformers,
+        onnx=onnx_files.write(student.backbone, out, seq_tokens=seq_tokens) if options.onnx else {},
         agreement=None if options.dtype == "fp32" else huggingface.agreement(student.backbone, out),
     )
 
@@ -147,7 +169,9 @@ def _write_card(run: FinishedRun, out: Path, origin: Provenance, facts: card.Fac
 
 def _options_of(out: Path) -> Options:
     facts = card.read_facts(folder.read_marker(out))
-    return Options(dtype=facts.dtype) if facts else Options()
+    if facts is None:
+        return Options()
+    return Options(dtype=facts.dtype, sentence_transformers=facts.sentence_transformers, onnx=bool(facts.onnx))
 
 
 def _scores_to_keep(run: FinishedRun, out: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pydantic
 
 from data_prep.errors import UserError, first_line
 from pipeline.provenance import Provenance
+from pipeline.shipping import onnx_files
 from pipeline.training.metrics import iterate_metrics
 from pipeline.training.run_folder import FinishedRun
 
@@ -27,7 +28,7 @@ class Facts:
         dtype: of the weights: fp32, bf16 or fp16.
         pooler: there is one, which passes the first token on.
         sentence_transformers: the folder has what that library wants.
-        onnx: what `onnx_files.compare` found; empty without ONNX files.
+        onnx: what `onnx_files.write` found; empty without ONNX files.
         agreement: lowest cosine between token vectors of the rounded weights and of those in fp32; None in fp32.
     """
 
@@ -202,8 +203,9 @@ def _untrained(tail_init: str, facts: Facts) -> str:
     )
     if facts.pooler:
         text += (
-            " Nor was the pooler, which is there because the class wants one: its matrix is the identity, so\n"
-            "that `pooler_output` is the hyperbolic tangent of the first token's last hidden state."
+            " Nor was the pooler, which is there because the class wants one:\n"
+            "its matrix is the identity, so that `pooler_output` is the hyperbolic tangent of the first token's last\n"
+            "hidden state."
         )
     return text
 
@@ -242,9 +244,9 @@ def _scores(results: Sequence[Result], measures: dict[str, Any]) -> str:
 def _formats(facts: Facts) -> str:
     if not facts.onnx:
         return ""
-    from pipeline.shipping.onnx_files import describe
-
-    return f"## ONNX\n\n{describe(facts.onnx)}"
+    head, *lines = onnx_files.rows(facts.onnx)
+    names = ", ".join(f"`{name}`" for name in onnx_files.files(facts.onnx))
+    return f"## ONNX\n\n{names}\n\n{_table(head, lines)}\n\n{onnx_files.note(facts.onnx)}"
 
 
 def _use(seq_tokens: int, facts: Facts) -> str:
