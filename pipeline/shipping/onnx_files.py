@@ -31,7 +31,7 @@ FP32_TOLERANCE = 1e-4  # largest difference of a number of the last hidden state
 INT8_TOLERANCE = 0.95  # lowest mean cosine of a token's last hidden state
 _ONE_FILE = 1 << 30  # weights beyond that lie in a file of their own: an ONNX file holds two gigabytes
 _RUNS, _SECONDS = 9, 20.0
-_TEXTS = (
+TEXTS = (
     "The exported model computes what the trained one did.",
     "A sentence.",
     "Rain fell on the harbour all night; by morning the boats, the nets and the men who slept beside them were wet.",
@@ -69,8 +69,8 @@ def write(backbone: "PreTrainedModel", folder: Path, *, seq_tokens: int) -> dict
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     texts = dict(padding=True, truncation=True, max_length=seq_tokens, return_tensors="pt")
-    batches = [dict(tokenizer(list(_TEXTS), **texts)), *(dict(tokenizer([text], **texts)) for text in _TEXTS[:2])]
-    model = _LastHiddenState(backbone, [n for n in tokenizer.model_input_names if n in _inputs_of(backbone)]).eval()
+    batches = [dict(tokenizer(list(TEXTS), **texts)), *(dict(tokenizer([text], **texts)) for text in TEXTS[:2])]
+    model = LastHiddenState(backbone, [n for n in tokenizer.model_input_names if n in _inputs_of(backbone)]).eval()
     (folder / "onnx").mkdir()
     with _quiet():
         _export(model, batches[0], folder / FP32)
@@ -79,7 +79,7 @@ def write(backbone: "PreTrainedModel", folder: Path, *, seq_tokens: int) -> dict
     difference = max(_compare(model, files[FP32], batch, _largest_difference) for batch in batches)
     if not difference <= FP32_TOLERANCE:
         raise RuntimeError(f"{FP32} differs from the model by {difference:.2g}; allowed are {FP32_TOLERANCE:g}")
-    cosine = _compare(model, files[INT8], batches[0], _mean_cosine)
+    cosine = compare(model, folder / INT8, batches[0])
     runners: dict[str, Callable] = {"PyTorch fp32": model} | {NAMES[name]: file for name, file in files.items()}
     shapes = [(1, min(32, seq_tokens)), (8, min(128, seq_tokens))]
     facts = {
@@ -128,7 +128,12 @@ def note(facts: dict[str, Any]) -> str:
     return text
 
 
-class _LastHiddenState(nn.Module):
+def compare(model: "LastHiddenState", path: Path, batch: dict[str, Tensor]) -> float:
+    """Mean cosine between a real token's last hidden state as the model gives it and as an ONNX file does."""
+    return _compare(model, _Session(path, model.names), batch, _mean_cosine)
+
+
+class LastHiddenState(nn.Module):
     """An encoder with tensors in and a tensor out."""
 
     def __init__(self, backbone: "PreTrainedModel", names: list[str]) -> None:
@@ -160,7 +165,7 @@ def _inputs_of(backbone: "PreTrainedModel") -> set[str]:
 
 
 @torch.no_grad()
-def _export(model: _LastHiddenState, batch: dict[str, Tensor], path: Path) -> None:
+def _export(model: LastHiddenState, batch: dict[str, Tensor], path: Path) -> None:
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     torch.onnx.export(
         model,
@@ -203,7 +208,7 @@ def _quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _compare(model: _LastHiddenState, file: _Session, batch: dict[str, Tensor], measure: Callable) -> float:
+def _compare(model: LastHiddenState, file: _Session, batch: dict[str, Tensor], measure: Callable) -> float:
     """`measure` of the real tokens' last hidden states, of the model and of the file."""
     inputs = [batch[name] for name in model.names]
     real = batch["attention_mask"].bool()
