@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.errors import UserError
 from pipeline.config import Recipe
 from pipeline.recipes import load_recipe
-from pipeline.results.export import MARKER
+from pipeline.shipping.folder import MARKER
 from pipeline.training.metrics import iterate_metrics
 from pipeline.training.run_folder import EXPORT, MODEL, read_ended
 
