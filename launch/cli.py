@@ -36,6 +36,7 @@ def minilm() -> None:
     \b
     minilm samples                                     real text and a real teacher to try it on
     minilm prepare --tokenizer T --source ... --out C  text -> token shards
+    minilm plan --recipe R --gpu G                     what that will take: memory, time, cost
     minilm distill --recipe R                          shards + teacher -> checkpoints
     minilm export RUN                                  checkpoint -> Hugging Face model
     minilm evaluate RUN                                exported model -> scores
@@ -117,6 +118,44 @@ def distill(recipes, vary, ds_config, resume, overrides, num_gpus, max_restarts,
     arguments += ["--skip-preflight"] if options["skip_preflight"] else []
     arguments += ["--num_gpus", str(num_gpus)] if num_gpus else []
     sys.exit(supervise.launch([*arguments, "--max-restarts", str(max_restarts)]))
+
+
+@minilm.command()
+@click.option("--recipe", "recipes", multiple=True, required=True, help="May be repeated: students side by side.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), default=1, show_default=True, help="Devices of each.")
+@click.option("--gpu", default="this-machine", show_default=True, help="h100-sxm, a100-pcie-80gb, ... or cpu.")
+@click.option("--ds-config", default="auto", show_default=True, help="auto compares the shipped ones.")
+@click.option("--students", type=click.IntRange(min=1), default=1, show_default=True, help="So many of each recipe.")
+@click.option("--vocabulary", type=click.IntRange(min=1), metavar="N", help="Tokens of a trimmed vocabulary.")
+@click.option("--text", metavar="SIZE", help="Of the corpus, such as 2.4TB, while it is not prepared.")
+@click.option(
+    "--network",
+    "network_gbit",
+    type=click.FloatRange(min=0.1),
+    default=400,
+    show_default=True,
+    help="Gbit/s of each device to other machines.",
+)
+@click.option("--price", type=click.FloatRange(min=0), help="Of a GPU-hour.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Picture of the scaling curve, .svg.")
+@click.option("--write", type=click.Path(path_type=Path), help="The chosen DeepSpeed configuration, .json.")
+@click.option("--json", "as_json", type=click.Path(path_type=Path), help="All of it as values.")
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+def plan(recipes, overrides, price, plot, write, as_json, **options) -> None:
+    """Say what a run will take: memory, time, cost, disk. Needs no GPU, weights, hub or corpus.
+
+    \b
+    Examples:
+      minilm plan --recipe xlmr-large-12x384 --nodes 4 --gpus-per-node 8 --gpu h100-sxm --price 2.5
+      minilm plan --recipe demo --gpu cpu --gpus-per-node 2
+      minilm plan --recipe bert-base-6x384 --gpu a100-sxm-80gb --write ds.json --plot scaling.svg
+    """
+    from pipeline.planning import request
+    from pipeline.recipes import load_recipe
+
+    planner, made = request.plan_for([load_recipe(recipe, overrides) for recipe in recipes], **options)
+    request.deliver(planner, made, _console(), price=price, plot=plot, write=write, as_json=as_json)
 
 
 def quiet_libraries() -> None:

@@ -21,12 +21,12 @@ FLOORS = (
     ("data_prep.request",),
     ("data_prep.work",),
     ("data_prep.prepare", "data_prep.report"),
-    ("pipeline.config", "pipeline.data", "pipeline.relations"),
+    ("pipeline.config", "pipeline.data", "pipeline.devices", "pipeline.relations"),
     ("pipeline.recipes", "pipeline.provenance", "pipeline.encoders"),
     ("pipeline.engine",),
     ("pipeline.training",),
     ("pipeline.shipping",),
-    ("pipeline.results",),
+    ("pipeline.planning", "pipeline.results"),
     ("launch",),
 )
 

@@ -5,26 +5,10 @@ for the student. Attention costs 4 S H a token and layer (scores and their use);
 teacher's scores, and three times 2 S H for the student's (scores, and the gradients of both sides).
 """
 
-import re
-
 from torch import nn
 
+from pipeline import devices
 from pipeline.encoders.models import RelationEncoder, tail_parameter_names
-
-# Dense peaks of 16-bit matrix products summed in fp32, without sparsity, in 10^12 operations a second, from the makers'
-# data sheets. A device is the row with the most words that all stand in its name.
-PEAKS = {
-    "GB200": 2500, "B200": 2250,
-    "H200": 989, "H200 NVL": 835, "GH200": 989,
-    "H100": 989, "H100 NVL": 835, "H100 PCIe": 756, "H800": 989, "H800 PCIe": 756, "H20": 148,
-    "A100": 312, "A800": 312, "A40": 149.7, "A30": 165, "A10": 125, "A10G": 70,
-    "L40S": 362, "L40": 181, "L4": 121,
-    "RTX 6000 Ada": 364, "RTX A6000": 154.8, "RTX 4090": 165.2, "RTX 3090": 71,
-    "V100": 125, "T4": 65,
-    "MI300X": 1307, "MI325X": 1307,
-}  # fmt: skip
-# Part of a device, or a slower namesake: the peak of the row would be wrong.
-_OTHERS = {"MIG", "Laptop", "D"}
 
 
 def teacher_flops(teacher: RelationEncoder, *, seq_tokens: int, global_batch_samples: int, relations: int) -> float:
@@ -58,8 +42,5 @@ def encoder_flops(encoder: RelationEncoder, seq_tokens: int) -> float:
 
 def peak_flops(device_name: str) -> float | None:
     """Of one device, in operations a second; None for a device that is not in the table."""
-    words = set(re.split(r"[\s_-]+", device_name))
-    rows = [row for row in PEAKS if set(row.split()) <= words]
-    if not rows or words & _OTHERS:
-        return None
-    return 1e12 * PEAKS[max(rows, key=lambda row: len(row.split()))]
+    device = devices.recognised(device_name)
+    return None if device is None else 1e12 * device.tera
