@@ -100,13 +100,14 @@ def rank_memory(
         "buffers": buffers,
         "context": context,
     }
-    moments = {"teacher": {"teacher": gathered, "activations": first.teacher}}
+    several = config["gradient_accumulation_steps"] > 1
+    waiting = max(trace.targets for trace in traces)  # the teacher's outputs are held until its next pass is over
+    moments = {"teacher": {"teacher": gathered, "activations": first.teacher + several * waiting}}
     for number, (part, trace) in enumerate(zip(parts, traces, strict=True), 1):
         of = f" {number}" if len(parts) > 1 else ""
-        waiting = first.targets if number < len(parts) else 0
-        moments[f"student{of}"] = {"activations": trace.student + first.targets}
+        moments[f"student{of}"] = {"activations": trace.student + waiting}
         moments[f"loss{of}"] = {
-            "activations": trace.kept + first.targets + trace.loss,
+            "activations": trace.kept + waiting + trace.loss,
             "loss": trace.loss + scratch,
         }
         backward = trace.backward_with_gradients if part.gradients_are_fresh else trace.backward

@@ -19,7 +19,7 @@ from pipeline.planning.rates import Rates
 from pipeline.planning.steps import Step, step_of
 from pipeline.planning.totals import Totals, totals_of
 from pipeline.planning.trace import Trace, trace
-from pipeline.training.flops import encoder_flops, step_flops
+from pipeline.training.flops import student_flops, teacher_flops
 
 ON_GPUS = ("zero1", "zero0", "zero2", "zero3", "zero2_offload", "zero3_offload")
 ON_CPUS = ("cpu",)
@@ -185,13 +185,10 @@ class Planner:
         sizes = dict(
             seq_tokens=self.recipe.data.seq_tokens, global_batch_samples=self.recipe.optimizer.global_batch_samples
         )
-        pass_of_teacher = encoder_flops(self.students[0].teacher, sizes["seq_tokens"]) * (
-            sizes["seq_tokens"] * sizes["global_batch_samples"]
-        )
-        each = [
-            step_flops(m.teacher, m.student, pairs=len(m.recipe.relations.loss_names()), **sizes) for m in self.students
-        ]
-        return sum(each) - (len(each) - 1) * pass_of_teacher
+        relations = [len(m.recipe.relations.loss_names()) for m in self.students]
+        teacher = teacher_flops(self.students[0].teacher, relations=sum(relations), **sizes)
+        each = zip(self.students, relations, strict=True)
+        return teacher + sum(student_flops(m.student, relations=count, **sizes) for m, count in each)
 
     def curve(self, chosen: Option, machines: Machines) -> list[Point]:
         """Steps on other numbers of the same devices, with the chosen configuration."""
