@@ -193,6 +193,8 @@ def export(run: Path, step: int | None, out: Path | None, push_to_hub: str | Non
     from pipeline.shipping import hub
     from pipeline.training.run_folder import FinishedRun
 
+    if public and not push_to_hub:
+        raise UserError("--public says how a new repository is seen: give --push-to-hub REPO too")
     if push_to_hub:
         hub.check_name(push_to_hub)
     finished = FinishedRun.open(run, step)

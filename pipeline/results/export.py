@@ -1,9 +1,6 @@
 """A checkpoint becomes a Hugging Face folder: weights, tokenizer, licence, and a model card of the run's own record."""
 
-import contextlib
 import json
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,16 +51,9 @@ def export(run: FinishedRun, out: Path | None = None, options: Options | None = 
     if options.onnx:
         onnx_files.require()
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=".export-"))
-    fresh, old = scratch / "model", scratch / "old"
-    try:
-        _write(run, fresh, options, _scores_to_keep(run, out))
-        folder.swap(fresh, out, old, run.name)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        folder.remove(old)
-        with contextlib.suppress(OSError):
-            scratch.rmdir()
+    with folder.aside(out) as scratch:
+        _write(run, scratch / "model", options, _scores_to_keep(run, out))
+        folder.swap(scratch / "model", out, scratch / "old", run.name)
     return out
 
 

@@ -1,9 +1,12 @@
 """Whose an exported folder is: the marker that names its files, and a new export in the place of an earlier one."""
 
 import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Iterable
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from data_prep.errors import UserError
 
 MARKER = "minilm-export.json"
 _KIND = "minilmv2-deepspeed export"
+_ASIDE, _LOCK = ".export-", "lock"
 
 
 def mark(folder: Path, names: Iterable[str], *, run: str, step: int, facts: dict[str, Any]) -> None:
@@ -96,6 +100,37 @@ def _told_apart(folder: Path, ours: Iterable[str], below: str = "") -> tuple[lis
         elif name != MARKER:
             others.append(name)
     return own, others
+
+
+@contextlib.contextmanager
+def aside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write in, held by a lock; what exports that were killed have left there is put right.
+
+    Whoever was killed between moving an earlier export away and putting the new one in its place finds the earlier one
+    where it was.
+    """
+    for left in out.parent.glob(f"{_ASIDE}*"):
+        with contextlib.suppress(OSError), (left / _LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            place = out.parent / lock.read()
+            if (left / "old").exists() and not place.exists():
+                (left / "old").rename(place)
+            if not (left / "old").exists():
+                shutil.rmtree(left)
+    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=_ASIDE))
+    try:
+        with (scratch / _LOCK).open("w") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks: then nothing is swept there either
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.write(out.name)
+            lock.flush()
+            yield scratch
+    finally:
+        shutil.rmtree(scratch / "model", ignore_errors=True)
+        remove(scratch / "old")
+        with contextlib.suppress(OSError):
+            (scratch / _LOCK).unlink()
+            scratch.rmdir()
 
 
 def swap(fresh: Path, out: Path, old: Path, run: str) -> None:

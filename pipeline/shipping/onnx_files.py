@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FP32, INT8 = "onnx/model.onnx", "onnx/model_quantized.onnx"
-NAMES = {FP32: "ONNX fp32", INT8: "ONNX int8"}
+PYTORCH, NAMES = "PyTorch fp32", {FP32: "ONNX fp32", INT8: "ONNX int8"}
 FP32_TOLERANCE = 1e-4  # largest difference of a number of the last hidden state, whose numbers are of the size of one
 INT8_TOLERANCE = 0.95  # lowest mean cosine of a token's last hidden state
 _ONE_FILE = 1 << 30  # weights beyond that lie in a file of their own: an ONNX file holds two gigabytes
@@ -80,14 +80,14 @@ def write(backbone: "PreTrainedModel", folder: Path, *, seq_tokens: int) -> dict
     if not difference <= FP32_TOLERANCE:
         raise RuntimeError(f"{FP32} differs from the model by {difference:.2g}; allowed are {FP32_TOLERANCE:g}")
     cosine = compare(model, folder / INT8, batches[0])
-    runners: dict[str, Callable] = {"PyTorch fp32": model} | {NAMES[name]: file for name, file in files.items()}
+    runners: dict[str, Callable] = {PYTORCH: model} | {NAMES[name]: file for name, file in files.items()}
     shapes = [(1, min(32, seq_tokens)), (8, min(128, seq_tokens))]
     facts = {
         "difference": difference,
         "cosine": cosine,
         "int8": cosine >= INT8_TOLERANCE,
         "threads": torch.get_num_threads(),
-        "bytes": {NAMES[name]: _bytes(folder / name) for name in NAMES},
+        "bytes": {PYTORCH: 4 * backbone.num_parameters()} | {NAMES[name]: _bytes(folder / name) for name in NAMES},
         "milliseconds": {f"{b} x {s}": _latency(runners, backbone.config.vocab_size, b, s) for b, s in shapes},
     }
     if not facts["int8"]:
@@ -105,9 +105,9 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, ...]]:
         NAMES[INT8]: f"mean cosine of a token's vector {facts['cosine']:.4f}",
     }
     lines = [head]
-    for name in next(iter(batches.values())):
+    for name in (PYTORCH, *NAMES.values()):
         if name != NAMES[INT8] or facts["int8"]:
-            size = f"{facts['bytes'][name] / 1e6:.1f}" if name in facts["bytes"] else ""
+            size = f"{facts['bytes'][name] / 1e6:.1f}"
             lines.append((name, size, *(f"{batch[name]:.1f}" for batch in batches.values()), apart.get(name, "")))
     return lines
 
@@ -228,7 +228,7 @@ def _latency(runners: dict[str, Callable], vocabulary: int, batch: int, seq_toke
     """Milliseconds of a batch of full rows; all take turns, the first is a warm-up."""
     ids = torch.randint(5, vocabulary, (batch, seq_tokens), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    names = runners["PyTorch fp32"].names
+    names = runners[PYTORCH].names
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     started = time.perf_counter()
     for run in range(_RUNS + 1):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub import metadata_load
 
 from data_prep.shards import Corpus
 from pipeline.training.metrics import read_metrics
@@ -113,3 +114,6 @@ def test_a_run_with_a_teacher_from_the_hub(hub, samples, distill, tmp_path, monk
     process = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert (run / "export" / "model.safetensors").is_file()
+    front = metadata_load(run / "export" / "README.md")
+    assert (front["base_model"], front["base_model_relation"]) == ("someone/teacher", "finetune")
+    assert front["license"] == "apache-2.0" and (run / "export" / "NOTICE").is_file()

@@ -143,6 +143,28 @@ def test_a_damaged_record_writes_nothing_elsewhere(runs, tmp_path):
     assert not (copy / "export").exists()
 
 
+def test_what_a_killed_export_has_left_is_put_right(tmp_path):
+    out = tmp_path / "out"
+    with folder.aside(out) as scratch:
+        (scratch / "model").mkdir()
+        lock = (scratch / "lock").read_text()
+        with folder.aside(out):  # another export at the same time leaves it alone
+            assert (scratch / "model").is_dir()
+    assert list(tmp_path.iterdir()) == [] and lock == "out"
+    torn, between = tmp_path / ".export-torn", tmp_path / ".export-between"
+    for left, inside in ((torn, "model"), (between, "old")):
+        (left / inside).mkdir(parents=True)
+        (left / "lock").write_text("out")
+        (left / inside / "notes.txt").write_text(inside)
+    with folder.aside(out):
+        assert not torn.exists() and not between.exists()
+        assert (out / "notes.txt").read_text() == "old"  # the earlier export, with what lay beside it
+    (between / "old").mkdir(parents=True)
+    (between / "lock").write_text("out")
+    with folder.aside(out):
+        assert between.exists()  # both are there: nobody but the user can tell what is in it
+
+
 def test_folders_inside_of_an_export_are_its_own_file_by_file(tmp_path):
     out, fresh, elsewhere = tmp_path / "out", tmp_path / "fresh", tmp_path / "elsewhere"
     for root in (out, fresh):

@@ -113,6 +113,8 @@ def test_options_without_their_libraries_are_refused_before_anything_is_made(run
     assert "pip install 'minilmv2-deepspeed[onnx]'" in str(result.exception) and not (tmp_path / "out").exists()
     result = CliRunner().invoke(cli.minilm, ["export", str(runs.unbroken), "--push-to-hub", "a/b/c"])
     assert "is no name of a repository" in str(result.exception)
+    result = CliRunner().invoke(cli.minilm, ["export", str(runs.unbroken), "--public"])
+    assert "give --push-to-hub REPO too" in str(result.exception)
 
 
 PUSH = "import sys; from launch.cli import main; sys.argv[0] = 'minilm'; main()"
