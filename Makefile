@@ -8,7 +8,7 @@ READY := $(VENV)/.ready-$(VERSIONS)
 READY_SLOW := $(VENV)/.ready-slow-$(VERSIONS)
 INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: setup demo test test-slow test-exhaustive check bench clean
+.PHONY: setup demo test test-slow test-exhaustive test-launchers check bench clean
 
 setup: $(READY)
 
@@ -42,7 +42,10 @@ test-slow: $(READY_SLOW)
 	pytest -m "slow and not gpu"
 
 test-exhaustive: setup
-	pytest -m exhaustive
+	pytest -m "exhaustive and not launchers"
+
+test-launchers: setup
+	pytest -m launchers
 
 check: setup
 	ruff check .

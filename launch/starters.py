@@ -17,7 +17,7 @@ _STARTERS = {
         "OMPI_COMM_WORLD_LOCAL_SIZE",
         ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
     ),
-    "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", ("PMI_ID", "HYDI_CONTROL_FD")),
+    "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", ()),
     # only inside of a step, which srun makes: a batch script has a SLURM_PROCID too
     "srun": (
         "SLURM_PROCID",
@@ -27,6 +27,21 @@ _STARTERS = {
         ("SLURM_JOB_ID",),
     ),
 }
+
+
+_PREFIX = "MINILM_"
+_ON_THE_WAY = "PYTHON_CARRIED_"  # DeepSpeed hands on only variables that begin with PYTHON or the like
+
+
+def variables_to_carry(environment: Mapping[str, str]) -> dict[str, str]:
+    """This project's variables under names with which they reach other machines."""
+    return {f"{_ON_THE_WAY}{name}": value for name, value in environment.items() if name.startswith(_PREFIX)}
+
+
+def carried_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Those that have come so; a machine's own come first."""
+    names = [name.removeprefix(_ON_THE_WAY) for name in environment if name.startswith(_ON_THE_WAY)]
+    return {name: environment[_ON_THE_WAY + name] for name in names if name not in environment}
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:

@@ -11,11 +11,13 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,22 +25,21 @@ import psutil
 
 from data_prep.errors import UserError
 from launch.cluster import check_cluster
-from launch.starters import rank_variables
+from launch.starters import rank_variables, variables_to_carry
+from launch.status import RUNNING, STARTING, STATUS, statuses_in
 
 SCRIPT = Path(__file__).resolve().parent / "distill.sh"
 JOB = "PYTHON_MINILM_JOB"  # DeepSpeed hands variables to other machines only if they begin with PYTHON or the like
-STATUS = "PYTHON_MINILM_STATUS"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-STARTING, RUNNING = "starting", "running"
 REQUEUE = 75
+LOST = 74
+_SSH_LOST = 255
 FINAL_CODES = (0, 2, 3, REQUEUE)  # done, the user's mistake, diverged, asked to stop
 GRACE_SECONDS = 120
-LEAVE_SECONDS = 300  # after a signal, for a launcher that waits for a machine that is gone
+LEAVE_SECONDS = 300  # after a signal or the last rank's end, for a launcher that waits for a machine that is gone
 KEEP_ALIVE = "-o ServerAliveInterval=15 -o ServerAliveCountMax=8"  # so that pdsh notices such a machine
 RESTART_SECONDS = 5
 REPEAT_SECONDS = 5
-SAY_SECONDS = 10
-_SAID = ".said"
 _LAUNCHER_VALUES = (
     *("--num_gpus", "--num_nodes", "--hostfile", "--include", "--exclude", "--node_rank"),
     *("--master_addr", "--master_port", "--launcher", "--launcher_args", "--ssh_port"),
@@ -54,7 +55,7 @@ def launch(arguments: list[str]) -> int:
 
     Returns:
         0 done; 2 a user's mistake; 3 the loss was not finite for too long; 75 stopped by a signal, nothing is lost;
-        anything else: the job has crashed.
+        74 a rank of another machine is gone; anything else: the job has crashed.
     """
     launcher, ranks, restarts = split_arguments(arguments)
     try:
@@ -114,57 +115,6 @@ def _refuse(message: str) -> NoReturn:
     sys.exit(2)
 
 
-class RankStatus:
-    """What a rank says of itself: a file that reads `starting`, `running`, then its exit code.
-
-    A rank that is starting has nothing to save yet: a signal just ends it. Without a supervisor nothing is written.
-    """
-
-    def __init__(self) -> None:
-        folder = os.environ.get(STATUS)
-        self._path = Path(folder) / os.environ.get("RANK", "0") if folder and Path(folder).is_dir() else None
-        job = f"minilm-{os.getuid()}-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}"
-        self._said = self._path.with_name(_SAID) if self._path else Path(tempfile.gettempdir()) / f"{job}{_SAID}"
-        self.write(STARTING)
-
-    def running(self) -> None:
-        self.write(RUNNING)
-
-    def write(self, status: int | str) -> None:
-        if self._path is not None:
-            self._path.write_text(str(status))
-
-    @property
-    def somebody_has_said_why(self) -> bool:
-        """Whether a rank of this machine has ended with a message, so that the others fail for want of it."""
-        with contextlib.suppress(OSError):
-            said = self._said.stat()
-            return bool(said.st_size) and time.time() - said.st_mtime < 10 * SAY_SECONDS
-        return False
-
-    def say_once(self, words: str) -> None:
-        """Print on standard error what went wrong, unless another rank of this machine has said why it ends.
-
-        The launcher ends all ranks with the first that ends: the others wait until the words are out.
-        """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            print(words, file=sys.stderr, flush=True)
-            return
-        with contextlib.suppress(OSError):
-            if time.time() - self._said.stat().st_mtime > SAY_SECONDS:
-                self._said.unlink()  # of another job, which had this one's parent and port by chance
-        try:
-            with self._said.open("x") as said:
-                print(words, file=sys.stderr, flush=True)
-                said.write(words)
-        except FileExistsError:
-            deadline = time.monotonic() + SAY_SECONDS
-            while not self._said.stat().st_size and time.monotonic() < deadline:
-                time.sleep(0.05)
-        except OSError:
-            print(words, file=sys.stderr, flush=True)
-
-
 class _Job:
     """One job: its launcher, its ranks on this and other machines, and the signals on their way to them."""
 
@@ -175,8 +125,9 @@ class _Job:
         self._hosts = hosts
         self._launcher: subprocess.Popen | None = None
         self._status: Path | None = None
+        self._errands: list[subprocess.Popen] = []  # that bring the signal to other machines
         self._signal: signal.Signals | None = None
-        self._signalled_at = 0.0
+        self._signalled_at, self._ended_at = 0.0, 0.0
         for number in FORWARDED:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
                 signal.signal(number, self._note)
@@ -192,13 +143,21 @@ class _Job:
 
     def run(self) -> int:
         self._status = Path(tempfile.mkdtemp(prefix="minilm-status-"))
-        environment = {"PDSH_SSH_ARGS_APPEND": KEEP_ALIVE, **os.environ, JOB: self._name, STATUS: str(self._status)}
+        self._ended_at = 0.0
+        environment = {"PDSH_SSH_ARGS_APPEND": KEEP_ALIVE, **os.environ, **variables_to_carry(os.environ)}
+        environment |= {JOB: self._name, STATUS: str(self._status)}
         try:
             self._launcher = subprocess.Popen(self._command, env=environment, start_new_session=True)
             code = self._wait_for_launcher()
             self._outlive_ranks()
-            return _verdict(code, self._statuses(), self._several_machines, self._signal)
+            statuses = self._statuses()
+            code = _verdict(code, statuses.values(), self._several_machines, self._signal)
+            _say_who_was_killed(code, statuses)
+            return code
         finally:
+            for errand in self._errands:
+                if errand.poll() is None:  # at a machine that is lost
+                    _kill_tree(errand.pid)
             folder, self._status = self._status, None
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -209,14 +168,21 @@ class _Job:
             except subprocess.TimeoutExpired:
                 if self.signalled and self._hosts:
                     self._forward()  # a rank may have begun after the signal went round
-                if self.signalled and time.monotonic() - self._signalled_at > LEAVE_SECONDS:
-                    print("the launcher does not end: leaving it", file=sys.stderr)
-                    os.killpg(self._launcher.pid, signal.SIGKILL)
+                if self._has_waited_long_enough():
+                    print("the launcher does not end, perhaps for a machine that is lost: leaving it", file=sys.stderr)
+                    _kill_tree(self._launcher.pid)
 
-    def _statuses(self) -> list[str]:
+    def _has_waited_long_enough(self) -> bool:
+        """Since the signal, or since the last rank of this machine has ended."""
+        words = self._statuses().values()
+        if words and not {STARTING, RUNNING} & set(words) and not self._ended_at:
+            self._ended_at = time.monotonic()
+        since = self._signalled_at or self._ended_at
+        return bool(since) and time.monotonic() - since > LEAVE_SECONDS
+
+    def _statuses(self) -> dict[str, str]:
         """What the ranks of this machine say; see `RankStatus`."""
-        files = self._status.iterdir() if self._status else ()
-        return [path.read_text() for path in files if path.name != _SAID]
+        return statuses_in(self._status) if self._status else {}
 
     def _note(self, number: int, frame) -> None:
         self._signal = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
@@ -235,7 +201,8 @@ class _Job:
             pattern = rf"distill[.]sh --local_rank=[0-9]+ --job={self._name}"  # matches ranks, but not its own command
             words = ["pdsh", "-w", ",".join(self._hosts), "pkill", f"-{self._signal.name}", "-f", shlex.quote(pattern)]
             environment = {**os.environ, "PDSH_RCMD_TYPE": "ssh"}
-            subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self._errands.append(subprocess.Popen(words, env=environment, **quiet))
         elif not ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._launcher.pid, signal.SIGTERM)
@@ -262,7 +229,17 @@ class _Job:
                 return
 
 
-def _verdict(launcher_code: int, statuses: list[str], several_machines: bool, signalled: signal.Signals | None) -> int:
+def _kill_tree(process: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process)
+        for one in (*parent.children(recursive=True), parent):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def _verdict(
+    launcher_code: int, statuses: Collection[str], several_machines: bool, signalled: signal.Signals | None
+) -> int:
     """The ranks' own word if all of this machine left one, and the same; else the launcher's.
 
     A job that was told to stop before any rank had anything to save has lost nothing: no rank of this machine says that
@@ -273,11 +250,23 @@ def _verdict(launcher_code: int, statuses: list[str], several_machines: bool, si
         by_the_signal = launcher_code in (128 + signalled, 256 - signalled)
         if statuses or by_the_signal or not several_machines:
             return REQUEUE
-    if len(set(statuses)) == 1 and statuses[0] not in (STARTING, RUNNING):
-        return int(statuses[0])
-    if several_machines and not statuses and launcher_code == 0:
-        return 0
+    if len(set(statuses)) == 1 and not {STARTING, RUNNING} & set(statuses):
+        return int(next(iter(statuses)))
+    if several_machines and not statuses and launcher_code in (0, _SSH_LOST):
+        return LOST if launcher_code else 0
+    if 192 < launcher_code < 256:
+        return 128 + 256 - launcher_code  # a rank's signal, as shells say it and not as Python does
     return launcher_code if launcher_code > 0 else 1
+
+
+def _say_who_was_killed(code: int, statuses: dict[str, str]) -> None:
+    """Where a signal has ended ranks and nobody was left to say so."""
+    silent = sorted((rank for rank, word in statuses.items() if word in (STARTING, RUNNING)), key=int)
+    if code - 128 in set(signal.Signals) and silent and str(LOST) not in statuses.values():
+        name = signal.Signals(code - 128).name
+        memory = " (out of memory?)" if name == "SIGKILL" else ""
+        who = f"rank {', '.join(silent)} on {socket.gethostname()}"
+        print(f"distill: error: {who} is gone: the job was ended by {name}{memory}", file=sys.stderr)
 
 
 def _deepspeed() -> str:

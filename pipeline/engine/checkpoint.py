@@ -127,14 +127,14 @@ def set_aside(folder: Path, step: int) -> Path | None:
 
 
 def _make_room(engine, folder: Path, target: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_room(engine, folder)
+    check_room(engine, folder)
     if target.exists():
         shutil.rmtree(target)  # torn: a whole one of this step would have been resumed from
 
 
-def _check_room(engine, folder: Path) -> None:
-    """Refuse to begin what the disk cannot hold, before DeepSpeed writes half of it."""
+def check_room(engine, folder: Path) -> None:
+    """Make the folder, and refuse to begin what its disk cannot hold, before DeepSpeed writes half of it."""
+    folder.mkdir(parents=True, exist_ok=True)
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
     # The weights as they are computed with (at most fp32), and for trained ones the fp32 master and Adam's two moments.
     needed = sum(count * (16 if trained else 4) for count, trained in sizes)

@@ -35,8 +35,8 @@ class Report:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-def meet(store: dist.Store, report: Report, *, rank: int, world_size: int, seconds: float) -> None:
-    """Wait for all ranks, and for rank 0's answer.
+def meet(store: dist.Store, report: Report, *, rank: int, world_size: int, seconds: float) -> float:
+    """Wait for all ranks, and for rank 0's answer; how far this machine's clock is ahead of rank 0's, in seconds.
 
     Args:
         store: that all ranks reach.
@@ -50,17 +50,19 @@ def meet(store: dist.Store, report: Report, *, rank: int, world_size: int, secon
     store.set(f"report/{rank}", json.dumps(asdict(report)))
     if rank == 0:
         reports = _collect(store, world_size, seconds)
-        store.set("answer", verdict(reports, seconds) or _FINE)
+        store.set("answer", json.dumps([verdict(reports, seconds) or _FINE, time.time()]))
     try:
         store.wait(["answer"], timedelta(seconds=2 * seconds))
     except (dist.DistStoreError, RuntimeError):
         raise UserError(
             f"rank {rank} on {report.host} has come to the others, but rank 0 gave no answer: look at its machine"
         ) from None
-    answer = store.get("answer").decode()
+    now = time.time()
+    answer, clock = json.loads(store.get("answer"))
     _leave(store, rank, world_size)
     if answer != _FINE:
         raise UserError(answer)
+    return now - clock
 
 
 def verdict(reports: Sequence[Report | None], seconds: float = 0) -> str:
@@ -79,7 +81,7 @@ def verdict(reports: Sequence[Report | None], seconds: float = 0) -> str:
         missing = [rank for rank, report in enumerate(reports) if report is None]
         hosts = ", ".join(sorted({report.host for _, report in there}))
         return (
-            f"{len(missing)} of {len(reports)} ranks did not come within {seconds:.0f} s: rank {_ranges(missing)}. "
+            f"{len(missing)} of {len(reports)} ranks did not come within {seconds:.0f} s: rank {ranges(missing)}. "
             f"There are those on {hosts}. Look whether the other machines are up, reach MASTER_ADDR and have "
             "this project and its environment."
         )
@@ -123,7 +125,7 @@ def _leave(store: dist.Store, rank: int, world_size: int) -> None:
             time.sleep(0.02)
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """4, 5, 6, 9 -> 4-6, 9"""
     parts: list[list[int]] = []
     for number in numbers:

@@ -1,7 +1,10 @@
 """This rank among the others: the process group, and the device that it computes on."""
 
+import contextlib
 import os
 import socket
+import sys
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -9,18 +12,28 @@ import torch.distributed as dist
 
 from data_prep.errors import UserError
 from pipeline.engine import ranks
+from pipeline.engine.heartbeat import Heartbeat
 from pipeline.engine.meeting import Report, meet, verdict
 from pipeline.engine.operators import import_deepspeed
 
 RENDEZVOUS_SECONDS = 300  # how long a machine may be late; MINILM_RENDEZVOUS_SECONDS in the environment changes it
+CLOCK_SECONDS = 30
+
+_heartbeat: Heartbeat | None = None  # of the process group, which torch keeps in a variable of a module too
 
 
-def init_distributed(report: Report | None = None, *, timeout_seconds: int = 1800) -> None:
+def init_distributed(
+    report: Report | None = None,
+    *,
+    timeout_seconds: int = 1800,
+    on_loss: Callable[[str, int], None] | None = None,
+) -> None:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; alone if they are not set.
 
     Args:
         report: what this rank tells the others before; see `meeting.meet`.
         timeout_seconds: how long a collective waits for a rank.
+        on_loss: called when another rank is lost, see `Heartbeat`; None: nobody watches.
 
     Raises:
         UserError: another process listens on MASTER_PORT; rank 0 cannot be reached; a rank is missing, differs or has
@@ -29,7 +42,7 @@ def init_distributed(report: Report | None = None, *, timeout_seconds: int = 180
     deepspeed = import_deepspeed()
     for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, alone)
-    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    os.environ.setdefault("MASTER_PORT", "29500")
     if not torch.cuda.is_available():
         # Without this DeepSpeed compiles a shared-memory op for a minute at the first start; gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -43,9 +56,13 @@ def init_distributed(report: Report | None = None, *, timeout_seconds: int = 180
             raise UserError(problem)
     else:
         seconds = float(os.environ.get("MINILM_RENDEZVOUS_SECONDS", RENDEZVOUS_SECONDS))
-        store = _store(rank, world_size, seconds)
+        store = _store(rank, world_size, seconds, keeps=rank == 0)
         if world_size > 1:
-            meet(dist.PrefixStore("meeting", store), report, rank=rank, world_size=world_size, seconds=seconds)
+            heart = _make_heartbeat(report.host, rank, world_size, seconds, on_loss) if on_loss else None
+            ahead = meet(dist.PrefixStore("meeting", store), report, rank=rank, world_size=world_size, seconds=seconds)
+            _warn_of_clock(ahead, report.host)
+            if heart:
+                heart.start()
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
             store=dist.PrefixStore("group", store),
@@ -56,18 +73,51 @@ def init_distributed(report: Report | None = None, *, timeout_seconds: int = 180
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def _store(rank: int, world_size: int, seconds: float) -> dist.Store:
-    """The store of this job's ranks: rank 0 keeps it, or torchrun."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    options = dict(is_master=rank == 0 and not agents, timeout=timedelta(seconds=seconds), wait_for_workers=False)
+def _warn_of_clock(ahead: float, host: str) -> None:
+    """Say once a machine that its clock is wrong: training does not mind, but times in logs do not fit."""
+    if abs(ahead) > CLOCK_SECONDS and os.environ["LOCAL_RANK"] == "0":
+        direction = "ahead of" if ahead > 0 else "behind"
+        print(f"warning: the clock of {host} is {abs(ahead):.0f} s {direction} that of rank 0", file=sys.stderr)
+
+
+def _make_heartbeat(
+    host: str, rank: int, world_size: int, seconds: float, on_loss: Callable[[str, int], None]
+) -> Heartbeat:
+    global _heartbeat
+    store = dist.PrefixStore("heartbeat", _store(rank, world_size, seconds, keeps=False))
+    keeper = f"torchrun at {os.environ['MASTER_ADDR']}" if _torchrun_keeps_store() else None
+    _heartbeat = Heartbeat(store, rank=rank, world_size=world_size, host=host, on_loss=on_loss, keeper=keeper)
+    return _heartbeat
+
+
+@contextlib.contextmanager
+def sharing_fate() -> Iterator[None]:
+    """What ends this rank in here is told to the others, which end with it; see `Heartbeat.ended_by`."""
+    try:
+        yield
+    except Exception as error:
+        if _heartbeat:
+            _heartbeat.ended_by(error)
+        raise
+
+
+def _torchrun_keeps_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _store(rank: int, world_size: int, seconds: float, *, keeps: bool) -> dist.Store:
+    """A connection to the store of this job's ranks, which one of them keeps, or torchrun."""
+    # who is alone meets nobody, and may share a machine with others that are
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) if world_size > 1 else 0
+    master = keeps and not _torchrun_keeps_store()
+    options = dict(is_master=master, timeout=timedelta(seconds=seconds), wait_for_workers=False)
     try:
         store = dist.TCPStore(host, port, world_size, **options)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         if "EADDRINUSE" in str(error):
             raise UserError(
                 f"port {port} is taken, perhaps by another job on this machine: give this one a port of its own, such "
-                "as --master_port 29501"
+                "as --master_port 29501 (MASTER_PORT in the environment for srun and mpirun)"
             ) from error
         raise UserError(
             f"rank {rank} on {socket.gethostname()} could not reach rank 0 at {host}:{port} within {seconds:.0f} s: "
@@ -84,6 +134,9 @@ def leave_process_group() -> None:
     """At the end of a program, when all ranks have come to it: without this some end with an error now and then."""
     if dist.is_initialized():
         dist.barrier()
+        if _heartbeat:
+            _heartbeat.stop()
+            dist.barrier()  # none may take one for lost that has left
         dist.destroy_process_group()
 
 

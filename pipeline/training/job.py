@@ -30,6 +30,7 @@ def distill(
     compile_layers: bool = False,
     skip_preflight: bool = False,
     on_start: Callable[[], None] = lambda: None,
+    on_loss: Callable[[str, int], None] | None = None,
 ) -> int:
     """Run one or several recipes side by side on this rank and return the exit code.
 
@@ -42,6 +43,7 @@ def distill(
         compile_layers: run the layers of teacher and students through torch.compile.
         skip_preflight: start though the machines differ.
         on_start: called once signals no longer end this process but are answered with a checkpoint.
+        on_loss: called when another rank is lost, with what to say and the exit code, see `engine.heartbeat`.
 
     Returns:
         0 when the last step (or `stop_at_step`) is done and saved, EXIT_REQUEUE after a signal, EXIT_DIVERGED when too
@@ -49,7 +51,7 @@ def distill(
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     corpus, report = _report(recipes, ds_config, world_size, compare=world_size > 1 and not skip_preflight)
-    process_group.init_distributed(report)
+    process_group.init_distributed(report, on_loss=on_loss)
     chosen = ranks.decided_by_rank_0(lambda: company.still_running(recipes))
     for left_out in (recipe for i, recipe in enumerate(recipes) if i not in chosen):
         _say(f"{left_out.run.output} has given up (its {run_folder.ENDED} says why) and is left out")

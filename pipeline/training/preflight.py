@@ -92,13 +92,20 @@ def facts(recipes: Sequence[Recipe], ds_config: dict[str, Any], corpus: Corpus) 
         "recipes": str(len(recipes)),
         **{f"DeepSpeed {name}": value for name, value in _flat(ds_config)},
         "corpus": corpus.fingerprint[:12],
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": _device(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
     }
     if _is_first_of_machine():
         told |= {"teacher": teacher_fingerprint(recipes[0].teacher.model)[:12], "this project's code": _code()[:12]}
     return told
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return f"{torch.cuda.get_device_name()}, {memory / 2**30:.0f} GiB"
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -80,6 +80,7 @@ class StudentRun:
         Checkpoints of later steps, from a time before, are set aside.
         """
         checkpoints = self.output / run_folder.CHECKPOINTS
+        ranks.decided_by_rank_0(lambda: checkpoint.check_room(self.engine, checkpoints))
         if record is not None:
             checkpoint.load(self.engine, checkpoints, record)
             self.step = record.step

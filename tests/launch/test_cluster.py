@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "distill.sh"
 def test_a_hostfile_is_read(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("# ours\n\nnode1 slots=8\nuser@node2   slots=4 # the old one\n")
-    assert read_hostfile(path) == ["node1", "user@node2"]
+    assert read_hostfile(path) == {"node1": 8, "user@node2": 4}
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,59 @@ def test_lines_that_deepspeed_would_not_read_are_named(line, tmp_path, monkeypat
         check_environment_files()
 
 
-def test_what_needs_no_login_is_not_tried(tmp_path):
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Make PATH a folder of programs that say a version."""
+
+    def make(**versions):
+        for name, version in versions.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\necho '{version}'\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+
+    return make
+
+
+@pytest.fixture
+def hostfile(tmp_path):
     (tmp_path / "hosts").write_text("nowhere1 slots=1\nnowhere2 slots=1\n")
-    hostfile = f"--hostfile={tmp_path / 'hosts'}"
+    return f"--hostfile={tmp_path / 'hosts'}"
+
+
+def test_what_needs_no_login_is_not_tried(programs, hostfile):
+    programs(srun="slurm 22", mpirun="mpirun (Open MPI) 4.1.4")
     assert check_cluster(["--num_gpus=2"]) == (["--num_gpus=2"], [])
-    assert check_cluster([hostfile, "--no_ssh"])[1] == []
+    assert check_cluster([hostfile, "--no_ssh", "--node_rank=1"])[1] == []
     launcher, hosts = check_cluster([hostfile, "--launcher=slurm"])
     assert hosts == [] and {"--no_ssh_check", "--master_addr=nowhere1"} <= set(launcher)
+    launcher, _ = check_cluster([hostfile, "--launcher=openmpi", "--master_port=7", "--launcher_args=--bind-to none"])
+    assert "--launcher_args=--bind-to none -x MASTER_ADDR=nowhere1 -x MASTER_PORT=7" in launcher
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--no_ssh"], "--node_rank, from 0 to 1; given: none"),
+        (["--no_ssh", "--node_rank=2"], "--node_rank, from 0 to 1; given: 2"),
+        (["--launcher=mvapich"], "mvapich is not one that .* works with: pdsh slurm openmpi mpich impi"),
+        (["--launcher=pdsh"], "needs pdsh on this machine"),
+        (["--launcher=mpich"], r"needs the mpirun of MPICH, but the one in PATH is 'mpirun \(Open MPI\) 4.1.4'"),
+        (["--launcher=openmpi", "--num_gpus=2"], "openmpi takes no --num_gpus: give a hostfile"),
+    ],
+)
+def test_what_a_launcher_cannot_do_is_refused_with_what_can(options, words, programs, hostfile):
+    programs(mpirun="mpirun (Open MPI) 4.1.4")
+    with pytest.raises(UserError, match=words):
+        check_cluster([hostfile, *options])
+
+
+@pytest.mark.parametrize("launcher", ["mpich", "impi"])
+def test_machines_of_unequal_slots(launcher, programs, hostfile, tmp_path):
+    programs(mpirun="HYDRA build details:")
+    check_cluster([hostfile, f"--launcher={launcher}"])
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=2\n")
+    with pytest.raises(UserError, match=r"as many slots on each machine, .* \[1, 2\]"):
+        check_cluster([hostfile, f"--launcher={launcher}"])
 
 
 def test_machines_that_let_nobody_in_are_named_with_the_reason(tmp_path):

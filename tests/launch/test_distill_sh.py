@@ -65,7 +65,7 @@ def test_launcher_options_with_a_wrong_value_are_refused(words, message, tmp_pat
 def test_a_port_that_is_taken_is_named(small_run, tmp_path):
     with socket.create_server(("", 0)) as other_job:
         port = other_job.getsockname()[1]
-        command = ["bash", SCRIPT, "--num_gpus=1", f"--master_port={port}", "--recipe", "demo", *small_run]
+        command = ["bash", SCRIPT, "--num_gpus=2", f"--master_port={port}", "--recipe", "demo", *small_run]
         process = start([*command, f"run.output={tmp_path / 'run'}"], cwd=tmp_path)
     assert process.returncode == 2 and f"port {port} is taken" in process.stderr, process.stderr
 

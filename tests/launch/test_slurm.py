@@ -100,6 +100,18 @@ def test_srun_starts_ranks_of_one_job_on_both_nodes(cluster, toy_overrides, tmp_
     assert losses_of(tmp_path / "srun") == pytest.approx(losses_of(tmp_path / "alone"), rel=1e-5)
 
 
+def test_an_array_trains_a_value_a_task(cluster, toy_overrides, tmp_path):
+    options = ["--wait", "--array=0-1", "--nodes=1", "--ntasks-per-node=1"]
+    options += [f"--output={tmp_path}/log-%a.txt", f"--chdir={SCRIPT.parents[1]}"]
+    arguments = ["--recipe", "demo", *toy_overrides, "--vary", "optimizer.peak_lr=1e-3,1e-4"]
+    batch = ["sbatch", *options, SCRIPT.with_name("slurm.sbatch"), *arguments, f"run.output={tmp_path / 'sweep'}"]
+    environment = {**cluster, "MINILM_PROJECT": str(SCRIPT.parents[1])}
+    done = subprocess.run(list(map(str, batch)), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, "".join(path.read_text() for path in tmp_path.glob("log-*.txt"))
+    fast, slow = (losses_of(tmp_path / "sweep" / f"optimizer.peak_lr={lr}") for lr in ("1e-3", "1e-4"))
+    assert len(fast) == len(slow) == 6 and fast[6] < slow[6]
+
+
 def test_a_warning_before_the_end_saves_and_the_job_is_requeued_and_goes_on(cluster, toy_overrides, tmp_path):
     long = ["optimizer.steps=100000", "checkpoint.every_steps=100000", f"run.output={tmp_path / 'run'}"]
     options = ["--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/log.txt", f"--chdir={SCRIPT.parents[1]}"]

@@ -1,5 +1,6 @@
 """Ranks meet before they train: machines that differ, make a mistake or never come are named on all others."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data_prep.errors import UserError
+from pipeline.engine import process_group
 from pipeline.engine.meeting import Report, meet, verdict
 
 SCRIPT = Path(__file__).resolve().parents[3] / "launch" / "distill.sh"
@@ -58,6 +60,18 @@ def meeting(port, told, *, seconds=20, missing=0):
 
 def test_all_hear_the_same(port):
     assert meeting(port, reports({"a": "1"}, {"a": "1"}, {"a": "1"})) == ["fine"] * 3
+
+
+def test_a_clock_that_is_wrong_is_said_once_a_machine(port, capsys, monkeypatch):
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    store.set("answer", json.dumps(["fine", time.time() - 300]))
+    ahead = meet(store, Report(host="node1"), rank=1, world_size=2, seconds=5)
+    assert 299 < ahead < 305
+    for local_rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        process_group._warn_of_clock(ahead, "node1")
+    process_group._warn_of_clock(2, "node1")
+    assert capsys.readouterr().err.count("the clock of node1 is 300 s ahead of that of rank 0") == 1
 
 
 def test_all_hear_of_a_mistake_a_difference_or_an_absence(port):
