@@ -79,11 +79,12 @@ class Models:
         return dataclasses.replace(self, teacher=teacher, student=student)
 
 
-def models_of(recipe: Recipe, *, vocabulary: int | None = None) -> Models:
+def models_of(recipe: Recipe, *, vocabulary: int | None = None, teacher_layer: int | None = None) -> Models:
     """Teacher and student of a recipe.
 
     Args:
         vocabulary: tokens of a trimmed vocabulary; the teacher's own if absent.
+        teacher_layer: to which the teacher runs, for all students beside each other; the recipe's if absent.
 
     Raises:
         UserError: the teacher is unknown here and cannot be had, or the recipe does not fit it.
@@ -100,9 +101,12 @@ def models_of(recipe: Recipe, *, vocabulary: int | None = None) -> Models:
         recipe, layers=config.num_hidden_layers, hidden=config.hidden_size, positions=position_limit(config)
     )
     teacher_layers, student_layers = compared_layers(recipe)
+    deepest = teacher_layer or recipe.teacher.layer
+    if deepest > recipe.teacher.layer:
+        teacher_layers = None  # what is watched on the way to the last layer takes no weights and no products
     student = recipe.student
     with torch.device("meta"):
-        teacher = RelationEncoder(_backbone(with_layers(config, recipe.teacher.layer)), teacher_layers)
+        teacher = RelationEncoder(_backbone(with_layers(config, deepest)), teacher_layers)
         small = build_student(
             student_shape(recipe), config, family=student.family, dropout=student.dropout, layers=student_layers
         )

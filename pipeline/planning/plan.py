@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from data_prep.errors import UserError
 from pipeline.config import Recipe
 from pipeline.engine import deepspeed_config
 from pipeline.planning.memory import Memory, rank_memory
@@ -19,6 +18,7 @@ from pipeline.planning.rates import Rates
 from pipeline.planning.steps import Step, step_of
 from pipeline.planning.totals import Totals, totals_of
 from pipeline.planning.trace import Trace, trace
+from pipeline.training import company
 from pipeline.training.flops import student_flops, teacher_flops
 
 ON_GPUS = ("zero1", "zero0", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -102,8 +102,10 @@ class Planner:
     """
 
     def __init__(self, recipes: Sequence[Recipe], *, vocabulary: int | None = None) -> None:
-        _check_shared(recipes)
-        unique = {id(recipe): models_of(recipe, vocabulary=vocabulary) for recipe in recipes}
+        different = list({id(recipe): recipe for recipe in recipes}.values())
+        company.check(different, {})
+        deepest = max(company.teacher_layers(recipes))
+        unique = {id(r): models_of(r, vocabulary=vocabulary, teacher_layer=deepest) for r in different}
         self.students = [unique[id(recipe)] for recipe in recipes]
         self.recipe = recipes[0]
         self._trace = functools.lru_cache(maxsize=None)(self._traced)
@@ -252,17 +254,3 @@ def _for_device(config: dict[str, Any], machines: Machines) -> dict[str, Any]:
         return config
     without = ("bf16", "data_types")
     return {**{key: value for key, value in config.items() if key not in without}, "fp16": {"enabled": True}}
-
-
-def _check_shared(recipes: Sequence[Recipe]) -> None:
-    first = recipes[0]
-    for other in recipes[1:]:
-        for key in ("teacher.model", "teacher.layer", "data", "optimizer.global_batch_samples"):
-            section, _, name = key.partition(".")
-            mine, theirs = (getattr(r, section) for r in (first, other))
-            if name:
-                mine, theirs = getattr(mine, name), getattr(theirs, name)
-            if mine != theirs:
-                raise UserError(
-                    f"students that share a teacher's pass need the same {key}; given are {mine!r} and {theirs!r}"
-                )

@@ -162,7 +162,7 @@ def test_the_command(tmp_path, capsys):
         ("--text", "much"): "is no size",
         ("--vocabulary", "1000000"): "has 30,522 tokens",
         ("relations.heads=7",): "does not divide",
-        ("--recipe", "bert-large-6x384"): "need the same teacher.model",
+        ("--recipe", "bert-large-6x384"): "cannot train side by side",
         ("--ds-config", "zero9"): "there is no DeepSpeed configuration",
         ("teacher.model=nobody/nothing",): "nobody/nothing",
         ("--gpu", "l4", "--ds-config", "zero1", "student.shape=4x9600"): "no configuration fits",
