@@ -1,7 +1,7 @@
 """Bytes that a rank needs, by part: what DeepSpeed's ZeRO holds for a student, a teacher beside it, and a micro-batch.
 
 T trained weights, F frozen ones of the student, N ranks, p = T / N; c bytes of a number that is computed with (2 or 4).
-The table is what DeepSpeed 0.19 allocates, read off its optimizers and compared with runs (tests/pipeline/planning):
+The table is what DeepSpeed 0.19 allocates, read off its optimizers (docs/plan.md has it beside runs):
 
     stage 0, fp32   weights c (T + F)    gradients 4 T              optimizer 8 T
     stage 0, 16 bit weights c (T + F)    gradients c T              optimizer 12 T   (with the fp32 weights)

@@ -77,7 +77,8 @@ def test_more_of_anything_takes_more(planner):
     assert parts[1]["optimizer"] == pytest.approx(2 * parts[2]["optimizer"], rel=1e-4)
     assert parts[2]["optimizer"] == pytest.approx(4 * parts[8]["optimizer"], rel=1e-4)
     trained = sum(planner.students[0].trained)
-    assert parts[1]["optimizer"] == 12 * trained and parts[8]["gradients"] == 6 * trained
+    assert parts[1]["optimizer"] == 12 * trained
+    assert option(micro=32).memory.device["gradients"] == 6 * trained  # where the update is not the fullest moment
     assert option(micro=4).memory.total < option(micro=8).memory.total < option(micro=16).memory.total
     assert option(placement="zero3").memory.device["teacher"] > 0
     assert option(name="zero2").memory.device["gradients"] < option().memory.device["gradients"]
