@@ -15,11 +15,11 @@ setup: $(READY)
 $(READY): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --editable '.[dev,eval]'
 	@rm -f $(VENV)/.ready-* && touch $@
 
 $(READY_SLOW): $(READY)
-	$(INSTALL) --editable '.[dev,ray,interop,onnx]'
+	$(INSTALL) --editable '.[dev,eval,ray,interop,onnx]'
 	@touch $@
 
 demo: setup

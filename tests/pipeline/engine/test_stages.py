@@ -19,9 +19,9 @@ from pipeline.data.loader import Loader
 from pipeline.engine.checkpoint import read_weights
 from pipeline.engine.records import find
 from pipeline.engine.student import learning_rate_factor
+from pipeline.evaluation.command import Request, without_labels
 from pipeline.recipes import load_recipe
 from pipeline.results import report
-from pipeline.results.evaluate import evaluate
 from pipeline.results.export import export
 from pipeline.shipping.huggingface import load_exported
 from pipeline.training.build import data_options
@@ -143,7 +143,7 @@ def _close(run: Path, unbroken: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["cpu", "zero1"])
 def test_scores_of_a_run(name, trained):
-    scores = evaluate(FinishedRun.open(trained / f"{name}-{RANKS[-1]}"), probe=None)
+    scores = without_labels(Request(model=str(trained / f"{name}-{RANKS[-1]}")))
     assert scores.held_out.keys() == {"qq", "kk", "vv"}
     assert all(after < before for before, after in scores.held_out.values())
 

@@ -5,17 +5,21 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from pipeline.results.evaluate import evaluate, linear_probe, read_probe
+from pipeline.evaluation.command import Request, without_labels
+from pipeline.evaluation.probe import read_probe
 from pipeline.results.export import export
+from pipeline.tasks.vectors import linear_probe, neighbours_in_common, ranks
 from pipeline.training.run_folder import FinishedRun
 
 
 def test_scores_of_a_real_run(runs, samples, tmp_path):
     run = shutil.copytree(runs.resumed, tmp_path / "run")
-    scores = evaluate(FinishedRun.open(run), probe=samples.leads("en"), texts=120)
+    scores = without_labels(Request(model=str(run), probe=samples.leads("en"), texts=120))
     accuracy = scores.probe_accuracy
     assert set(accuracy) == {"teacher", "student", "untrained"}
     assert accuracy["teacher"] > accuracy["untrained"] and accuracy["teacher"] > scores.probe_majority
+    assert scores.neighbours["teacher"] == 1 > scores.neighbours["student"] > 0 and scores.texts > 32
+    assert scores.adjacent["teacher"] > 0.1  # of 101 texts: chance is 0.01
     assert scores.held_out.keys() == {"qq", "kk", "vv"}
     assert scores.parameters["student"] == scores.parameters["untrained"] < scores.parameters["teacher"]
     assert all(speed > 0 for speed in scores.forward_tokens_per_second.values())
@@ -30,7 +34,7 @@ def test_scores_of_somebody_else_are_not_written_over(runs, tmp_path):
     shutil.copytree(runs.resumed, run, ignore=shutil.ignore_patterns("export"))
     (export(FinishedRun.open(run)) / "scores.json").write_text("mine")
     with pytest.raises(UserError, match="scores.json is no evaluation's"):
-        evaluate(FinishedRun.open(run), probe=None)
+        without_labels(Request(model=str(run)))
     assert (run / "export" / "scores.json").read_text() == "mine"
 
 
@@ -56,3 +60,12 @@ def test_probe_file_is_split_by_seed_and_checked(samples, tmp_path):
     (tmp_path / "few.jsonl").write_text('{"text": "a", "label": 1}\n' * 5)
     with pytest.raises(UserError, match="5 texts with 1 labels"):
         read_probe(tmp_path / "few.jsonl", texts=10, seed=1)
+
+
+def test_ranks_and_neighbours_of_vectors():
+    vectors = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    assert ranks(vectors, 3 * vectors) == [1] * 50
+    assert ranks(vectors, torch.ones(50, 8)) == [50] * 50  # all as near as the right one: no merit
+    assert neighbours_in_common(vectors, 2 * vectors + 1) == 1
+    other = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
+    assert neighbours_in_common(vectors, other) < 0.4
