@@ -11,7 +11,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_packages(include=["data_prep*", "pipeline*", "launch", "ds_configs"]),
+    packages=find_packages(include=["data_prep*", "pipeline*", "launch*", "ds_configs"]),
     package_data={
         "launch": ["distill.sh", "slurm.sbatch", "k8s.yaml", "hostfile.example", "recipes/*.toml"],
         "ds_configs": ["*.json", "README.md"],

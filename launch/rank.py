@@ -7,7 +7,8 @@ import sys
 import click
 
 from data_prep.errors import UserError, words_of
-from launch.cli import EXIT_USER_ERROR, quiet_libraries, recipe_options
+from launch.cli import EXIT_USER_ERROR, quiet_libraries
+from launch.commands.runs import recipe_options
 from launch.starters import carried_variables, rank_variables
 from launch.status import RankStatus
 from launch.streams import outlive_the_terminal
