@@ -107,9 +107,10 @@ def _torchrun_keeps_store() -> bool:
 
 def _store(rank: int, world_size: int, seconds: float, *, keeps: bool) -> dist.Store:
     """A connection to the store of this job's ranks, which one of them keeps, or torchrun."""
-    # who is alone meets nobody, and may share a machine with others that are
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) if world_size > 1 else 0
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     master = keeps and not _torchrun_keeps_store()
+    if master and world_size == 1:  # who is alone meets nobody, and may share a machine with others that are
+        port = 0
     options = dict(is_master=master, timeout=timedelta(seconds=seconds), wait_for_workers=False)
     try:
         store = dist.TCPStore(host, port, world_size, **options)
