@@ -4,11 +4,11 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from data_prep import samples
 from data_prep.errors import UserError
 from pipeline.evaluation import contestants, design, labelfree, progress, report, results, study
+from pipeline.evaluation.probe import read_probe
 from pipeline.results.export import add_scores, exported
 from pipeline.shipping import card
 from pipeline.tasks import metrics
@@ -66,11 +66,10 @@ class Request:
 def without_labels(request: Request) -> labelfree.Scores:
     """Score without labels; a run's scores are written into its exported folder and its card."""
     run = request.run()
-    chosen: dict[str, Any] = dict(probe=request.probe, texts=request.texts)
+    probe = read_probe(request.probe, texts=request.texts, seed=1) if request.probe else None
     if run is None:
-        return labelfree.of_models(contestants.named([request.model, *request.against]), **chosen)
-    folder = exported(run)
-    scores = labelfree.of_run(run, folder, contestants.named(request.against), **chosen)
+        return labelfree.of_models(contestants.named([request.model, *request.against]), probe=probe)
+    scores = labelfree.of_run(run, exported(run), contestants.named(request.against), probe=probe)
     add_scores(run, {**asdict(scores), "measures": labelfree.describe(scores)})
     return scores
 

@@ -24,7 +24,7 @@ from data_prep.errors import UserError, first_line
 from data_prep.shards import Corpus
 from pipeline.data.loader import validation_batches
 from pipeline.evaluation.contestants import STUDENT, TEACHER, UNTRAINED
-from pipeline.evaluation.probe import ProbeTask, majority, read_probe
+from pipeline.evaluation.probe import ProbeTask, majority
 from pipeline.shipping.card import held_out
 from pipeline.tasks.vectors import embed, forward_speed, linear_probe, load_encoder, neighbours_in_common, ranks
 from pipeline.training.build import data_options, fresh_student
@@ -122,10 +122,8 @@ def of_run(
     student: Path,
     others: dict[str, str],
     *,
-    probe: Path | None,
-    texts: int = 1200,
+    probe: ProbeTask | None,
     seq_tokens: int = 64,
-    seed: int = 1,
 ) -> Scores:
     """Score a run's teacher, student, the student as it was before its first step, and others.
 
@@ -133,12 +131,9 @@ def of_run(
         run: the run.
         student: its exported folder.
         others: folders of other models by name.
-        probe: JSONL with `text` and a label in `topic` or `label`; None leaves the probe out.
-        texts: labelled texts taken, half to train the probe and half to test it.
+        probe: labelled texts, see `read_probe`; None leaves the probe out.
         seq_tokens: longer texts are cut for the probe and the timing.
-        seed: of the choice of texts.
     """
-    task = read_probe(probe, texts=texts, seed=seed) if probe else None
     exported = load(str(student))
     untrained = fresh_student(run.recipe).backbone.eval().to(exported.model.device)
     teacher = load(run.recipe.teacher.model, run.recipe.teacher.trust_remote_code)
@@ -150,7 +145,7 @@ def of_run(
     except (UserError, OSError) as error:
         unlabelled = []
         notes.append(f"neighbours and adjacent halves are not measured: {error}")
-    scores = measure(models, probe=task, texts=unlabelled, seq_tokens=seq_tokens)
+    scores = measure(models, probe=probe, texts=unlabelled, seq_tokens=seq_tokens)
     trained = (m for m in iterate_metrics(run.folder, "train") if m["step"] <= run.record.step)
     speeds = [m.get("tokens_per_second", 0) for m in trained] or [0]
     return replace(
@@ -162,14 +157,11 @@ def of_run(
     )
 
 
-def of_models(
-    folders: dict[str, str], *, probe: Path | None, texts: int = 1200, seq_tokens: int = 64, seed: int = 1
-) -> Scores:
+def of_models(folders: dict[str, str], *, probe: ProbeTask | None, seq_tokens: int = 64) -> Scores:
     """The same for models without a run; the texts of the probe serve for neighbours and adjacent halves too."""
-    task = read_probe(probe, texts=texts, seed=seed) if probe else None
-    unlabelled = task.test_texts[:HELD_OUT_TEXTS] if task else ()
+    unlabelled = probe.test_texts[:HELD_OUT_TEXTS] if probe else ()
     models = {name: load(folder) for name, folder in folders.items()}
-    return measure(models, probe=task, texts=unlabelled, seq_tokens=seq_tokens)
+    return measure(models, probe=probe, texts=unlabelled, seq_tokens=seq_tokens)
 
 
 def load(model: str, trust_remote_code: bool = False) -> Loaded:

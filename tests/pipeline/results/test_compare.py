@@ -46,7 +46,8 @@ def test_losses_of_another_scale_are_marked(pair):
 
 def test_scores_that_evaluate_has_left_are_shown_and_others_are_not(pair):
     export = pair[0] / "export"
-    export.mkdir(exist_ok=True)
+    shutil.rmtree(export, ignore_errors=True)
+    export.mkdir()
     result = dict(dataset_name="sst2", metric="accuracy", value=0.9123)
     (export / "scores.json").write_text(json.dumps(dict(probe_accuracy={"student": 0.61}, results=[result])))
     assert compare.read(pair)[0].scores == {}  # somebody else's file
