@@ -59,6 +59,7 @@ def train(folder: Path, ranks: int, jobs: list[dict]) -> dict[str, int]:
     (folder / name).write_text(json.dumps(jobs))
     command = [Path(sys.executable).parent / "torchrun", "--standalone", f"--nproc-per-node={ranks}", WORKER]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "DS_LOG_LEVEL": "error"}
+    environment["OMP_NUM_THREADS"] = "1"  # toys: a second thread would only wait for other tests
     process = subprocess.run(
         list(map(str, [*command, folder, name])), env=environment, capture_output=True, text=True, timeout=600
     )

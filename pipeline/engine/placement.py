@@ -24,7 +24,7 @@ from pipeline.config import Teacher
 from pipeline.encoders.architectures import without_pooler
 from pipeline.encoders.models import RelationEncoder, load_teacher, teacher_config, with_layers
 from pipeline.engine.deepspeed_config import compute_dtype
-from pipeline.engine.operators import import_deepspeed, load_async_io
+from pipeline.engine.operators import import_deepspeed, initialize, load_async_io
 from pipeline.engine.process_group import device
 from pipeline.engine.student import set_buffers
 
@@ -109,7 +109,7 @@ def start_teacher(
         encoder = RelationEncoder(_empty_backbone(teacher), layers).requires_grad_(False)
     _check_dtype(encoder, dtype)
     _fill(encoder.backbone, weight_files(teacher.model))
-    engine, *_ = deepspeed.initialize(model=encoder.eval(), config=config, dist_init_required=False)
+    engine = initialize(model=encoder.eval(), config=config, dist_init_required=False)
     set_buffers(encoder.backbone, buffers)
     engine.eval()
     return engine

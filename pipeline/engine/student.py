@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.config import Optimizer
 from pipeline.engine.deepspeed_config import MONITORS, offload
-from pipeline.engine.operators import cpu_adam, import_deepspeed, load_async_io
+from pipeline.engine.operators import cpu_adam, initialize, load_async_io
 
 
 def learning_rate_factor(step: int, options: Optimizer) -> float:
@@ -54,7 +54,7 @@ def start_student(model: torch.nn.Module, options: Optimizer, config: dict[str, 
     if "activation_checkpointing" in config:
         model.checkpoint_activations()
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    engine, _, _, _ = import_deepspeed().initialize(
+    engine = initialize(
         model=model,
         optimizer=_adamw(parameter_groups(model, options.weight_decay), options, config),
         config={key: value for key, value in config.items() if key not in MONITORS},
