@@ -39,7 +39,7 @@ test: setup
 	pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not exhaustive and not gpu"
 
 test-slow: $(READY_SLOW)
-	pytest -m "slow and not gpu"
+	pytest -n logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder -m "slow and not gpu"
 
 test-exhaustive: setup
 	pytest -m "exhaustive and not launchers"

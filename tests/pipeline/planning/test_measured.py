@@ -30,7 +30,7 @@ def ds_config(stage: int) -> dict:
     return {"train_micro_batch_size_per_gpu": 16, "zero_optimization": {"stage": stage}}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_is_what_runs_need(samples, corpus_folder, tmp_path):
     """Three shapes at three stages on two ranks: within a fifth of the peak of their second step (docs/plan.md).
 
