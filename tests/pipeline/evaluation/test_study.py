@@ -73,6 +73,7 @@ def plan_of(models, data, out, names, epochs=1, **options):
     return design.plan(models, tasks, options, out)
 
 
+@pytest.mark.slow
 def test_every_kind_is_fine_tuned_and_scored(models, data, tmp_path):
     names = ",".join(f"{kind[:4]}:{kind}" for kind in KINDS) + ",lang:text"
     planned = plan_of(models, data, tmp_path, names, epochs=6)
