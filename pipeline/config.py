@@ -7,6 +7,7 @@ configuration's, see `pipeline.engine.deepspeed_config`. Recipes as files: `pipe
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -214,3 +215,12 @@ class Recipe:
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.learned(), sort_keys=True).encode()).hexdigest()
+
+
+def flat(table: Mapping[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested tables, each under its keys joined by `separator`."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, separator, f"{prefix}{key}{separator}")
+        else:
+            yield f"{prefix}{key}", value

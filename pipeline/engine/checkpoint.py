@@ -135,9 +135,7 @@ def _make_room(engine, folder: Path, target: Path) -> None:
 def check_room(engine, folder: Path) -> None:
     """Make the folder, and refuse to begin what its disk cannot hold, before DeepSpeed writes half of it."""
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
-    # The weights as they are computed with (at most fp32), and for trained ones the fp32 master and Adam's two moments.
-    needed = sum(count * (16 if trained else 4) for count, trained in sizes)
+    needed = state_bytes(engine)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
@@ -145,6 +143,15 @@ def check_room(engine, folder: Path) -> None:
             f"{free / 1e6:,.0f} MB are free. Make room and start the same command again; it goes on from the newest "
             "whole checkpoint."
         )
+
+
+def state_bytes(engine) -> int:
+    """Bytes of a student's state over all ranks, replicas not counted.
+
+    The weights as they are computed with (at most fp32), and for trained ones the fp32 master and Adam's two moments.
+    """
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
+    return sum(count * (16 if trained else 4) for count, trained in sizes)
 
 
 def _flush_own_files(target: Path, rank: int) -> dict[str, dict[str, Any]]:

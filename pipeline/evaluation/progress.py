@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.evaluation.design import Records, Study
 from pipeline.evaluation.units import Unit
 from pipeline.tasks import finetune
+from pipeline.training.monitor import clock
 
 
 class Progress:
@@ -61,12 +62,6 @@ def announce(study: Study, done: Records) -> list[str]:
         "machine, one at a time"
     )
     return [*lines, *study.notes]
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def say(text: str) -> None:

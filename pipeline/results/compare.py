@@ -1,19 +1,19 @@
 """Runs side by side: in what they differ, and what came of it; no GPU and no process group is needed."""
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from pipeline.config import Recipe
+from pipeline.config import Recipe, flat
 from pipeline.recipes import load_recipe
 from pipeline.shipping.folder import MARKER
 from pipeline.training.metrics import iterate_metrics
-from pipeline.training.run_folder import EXPORT, MODEL, read_ended
+from pipeline.training.run_folder import EXPORT, MODEL, read_ended, short_names
 
+Point = tuple[float, float, float]  # tokens seen, seconds of training, loss
 _NO_DIFFERENCE = ("run.output", "teacher.placement", "teacher.nvme_path", "data.verify", "relations.implementation")
 
 
@@ -28,7 +28,7 @@ class Outcome:
         tokens_per_second: of its last training record; of all of a step's time, also where others trained beside it.
         parameters: of the student.
         scores: measure -> value, as `evaluate` has left them in the exported folder.
-        training, validation: (tokens seen, seconds of training, loss) of every record, oldest first.
+        training, validation: of every record, oldest first.
         has_ended: it gave up while others beside it went on.
     """
 
@@ -39,8 +39,8 @@ class Outcome:
     tokens_per_second: float
     parameters: int
     scores: dict[str, float]
-    training: list[tuple[float, float, float]] = field(repr=False)
-    validation: list[tuple[float, float, float]] = field(repr=False)
+    training: list[Point] = field(repr=False)
+    validation: list[Point] = field(repr=False)
     has_ended: bool = False
 
 
@@ -51,13 +51,12 @@ def read(folders: Sequence[Path]) -> list[Outcome]:
         UserError: a folder is not a run's.
     """
     found = []
-    names = _short(folders)
+    names = short_names(folders)
     for folder, name in zip(folders, names, strict=True):
         if not (folder / "recipe.toml").is_file():
             raise UserError(f"{folder} is not the folder of a run: it has no recipe.toml. Give a recipe's run.output.")
         recipe = load_recipe(str(folder / "recipe.toml"))
-        training, validation = _curves(folder, recipe)
-        records = {record["kind"]: record for record in iterate_metrics(folder)}
+        training, validation, records = _course(folder, recipe)
         last = records.get("train", {})
         found.append(
             Outcome(
@@ -78,9 +77,9 @@ def read(folders: Sequence[Path]) -> list[Outcome]:
 
 def differences(outcomes: Sequence[Outcome]) -> dict[str, list[str]]:
     """Keys of the recipes that are not the same in all runs -> the value of each run."""
-    flat = [dict(_flat(outcome.recipe.to_dict())) for outcome in outcomes]
-    keys = dict.fromkeys(key for values in flat for key in values if key not in _NO_DIFFERENCE)
-    rows = {key: [_text(values.get(key)) for values in flat] for key in keys}
+    recipes = [dict(flat(outcome.recipe.to_dict())) for outcome in outcomes]
+    keys = dict.fromkeys(key for values in recipes for key in values if key not in _NO_DIFFERENCE)
+    rows = {key: [_text(values.get(key)) for values in recipes] for key in keys}
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
 
 
@@ -135,12 +134,13 @@ def table(outcomes: Sequence[Outcome]):
     return Group(result, *map(Text, notes))
 
 
-def _curves(folder: Path, recipe: Recipe) -> tuple[list[tuple[float, float, float]], list[tuple[float, float, float]]]:
-    """(tokens, seconds, loss) of the training records and of the held-out ones."""
+def _course(folder: Path, recipe: Recipe) -> tuple[list[Point], list[Point], dict[str, dict[str, Any]]]:
+    """The points of the training records and of the held-out ones, and the last record of each kind."""
     tokens = recipe.optimizer.global_batch_samples * recipe.data.seq_tokens
-    training, validation = [], []
+    training, validation, last = [], [], {}
     step, seconds = 0, 0.0
     for record in iterate_metrics(folder):
+        last[record["kind"]] = record
         if record["kind"] == "train" and "loss" in record:
             a_step = record.get("seconds", {}).get("total", 0.0) if isinstance(record.get("seconds"), dict) else 0.0
             seconds += max(0, record["step"] - step) * a_step
@@ -148,7 +148,7 @@ def _curves(folder: Path, recipe: Recipe) -> tuple[list[tuple[float, float, floa
             training.append((step * tokens, seconds, record["loss"]))
         elif record["kind"] == "validation":
             validation.append((record["step"] * tokens, seconds, record["loss"]))
-    return training, validation
+    return training, validation, last
 
 
 def _parameters(folder: Path) -> int:
@@ -179,21 +179,6 @@ def _scores(folder: Path) -> dict[str, float]:
         return {name: float(value) for name, value in found.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
-
-
-def _short(folders: Sequence[Path]) -> list[str]:
-    """Folders without what they have in common in front."""
-    whole = [Path(os.path.abspath(folder)) for folder in folders]
-    above = Path(os.path.commonpath([folder.parent for folder in whole]))
-    return [str(folder.relative_to(above)) for folder in whole]
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _text(value: Any) -> str:

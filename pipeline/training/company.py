@@ -72,11 +72,7 @@ def _shared(recipe: Recipe) -> dict[str, Any]:
 
 def names(recipes: Sequence[Recipe]) -> list[str]:
     """Of the runs beside each other: their folders' paths below the one that all lie in; "" for a run alone."""
-    if len(recipes) == 1:
-        return [""]
-    folders = [Path(os.path.abspath(recipe.run.output)) for recipe in recipes]
-    above = Path(os.path.commonpath(folders))
-    return [str(folder.relative_to(above)) for folder in folders]
+    return run_folder.short_names([Path(recipe.run.output) for recipe in recipes]) if len(recipes) > 1 else [""]
 
 
 def teacher_layers(recipes: Sequence[Recipe]) -> tuple[int, ...]:
@@ -120,12 +116,6 @@ def costs(teacher: float, students: Mapping[str, tuple[float, int]]) -> list[str
         f"one after another they would take about {apart / together:.2f} times as much; their weights, gradients and "
         f"optimizers need {memory / 2**30:.2f} GiB",
     ]
-
-
-def state_bytes(engine) -> int:
-    """Bytes of a student's weights, gradients and optimizer over all ranks, replicas not counted."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
-    return sum(count * (16 if trained else 4) for count, trained in sizes)
 
 
 def find_checkpoints(recipes: Sequence[Recipe], corpus: Corpus, resume: str) -> list[records.Record | None]:

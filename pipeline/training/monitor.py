@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from data_prep import durable
+from pipeline.config import flat
 from pipeline.engine.deepspeed_config import MONITORS
 from pipeline.training.metrics import METRICS, METRICS_BYTES, iterate_metrics, line_of, thinned
 
@@ -39,7 +40,7 @@ class Terminal:
             return
         done = step - self._first_step
         left = (time.perf_counter() - self._started) / max(1, done) * (self._total_steps - step)
-        self.say(f"step {step}/{self._total_steps}  {text}  left {_clock(left)}")
+        self.say(f"step {step}/{self._total_steps}  {text}  left {clock(left)}")
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar if there is one."""
@@ -90,7 +91,8 @@ class RunLog:
         if not self._is_main:
             return
         self._try(METRICS, lambda: self._append({"kind": kind, "step": step, **values}))
-        events = [(f"{kind}/{tag}", value, step) for tag, value in _flatten(values)]
+        numbers = [(tag, value) for tag, value in flat(values, "/") if isinstance(value, (int, float))]
+        events = [(f"{kind}/{tag}", value, step) for tag, value in numbers]
         self._try("TensorBoard's events", lambda: self._write_events(events))
 
     def _append(self, record: dict[str, Any]) -> None:
@@ -174,15 +176,8 @@ def profiler(output: Path, rank: int):
     )
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)):
-            yield f"{prefix}{key}", value
-
-
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

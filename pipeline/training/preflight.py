@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from data_prep.errors import UserError
 from data_prep.shards import Corpus
 from data_prep.tokens import tokenizer_files
 from data_prep.tokens.tokenizer import Tokenizer
-from pipeline.config import Recipe
+from pipeline.config import Recipe, flat
 from pipeline.data.loader import SampleSet, validation_batches
 from pipeline.encoders.architectures import mixes_neighbours, require_activation_checkpointing
 from pipeline.encoders.models import position_limit, student_config
@@ -85,12 +85,12 @@ def facts(recipes: Sequence[Recipe], ds_config: dict[str, Any], corpus: Corpus) 
     of_recipes = {}
     for number, recipe in enumerate(recipes, start=1):
         which = "recipe" if len(recipes) == 1 else f"recipe {number}"
-        of_recipes |= {f"{which} {name}": value for name, value in _flat(recipe.learned())}
+        of_recipes |= {f"{which} {name}": json.dumps(value) for name, value in flat(recipe.learned())}
         of_recipes[f"{which} run.output"] = recipe.run.output
     told = {
         **of_recipes,
         "recipes": str(len(recipes)),
-        **{f"DeepSpeed {name}": value for name, value in _flat(ds_config)},
+        **{f"DeepSpeed {name}": json.dumps(value) for name, value in flat(ds_config)},
         "corpus": corpus.fingerprint[:12],
         "device": _device(),
         "python": platform.python_version(),
@@ -106,14 +106,6 @@ def _device() -> str:
         return "cpu"
     memory = torch.cuda.get_device_properties(0).total_memory
     return f"{torch.cuda.get_device_name()}, {memory / 2**30:.0f} GiB"
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.dumps(value)
 
 
 def _is_first_of_machine() -> bool:

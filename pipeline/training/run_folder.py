@@ -8,6 +8,7 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,13 @@ def check_shared(output: Path, run: str, *, patience_seconds: float = 10.0) -> N
                 "machines share"
             )
         time.sleep(0.2)
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Paths of runs' folders without what they have in common in front."""
+    whole = [Path(os.path.abspath(folder)) for folder in folders]
+    above = Path(os.path.commonpath([folder.parent for folder in whole]))
+    return [str(folder.relative_to(above)) for folder in whole]
 
 
 def mark_ended(output: Path, *, step: int, reason: str) -> None:

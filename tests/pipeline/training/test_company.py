@@ -1,5 +1,6 @@
 """Which recipes may train side by side, and from which step on."""
 
+import os
 import shutil
 
 import pytest
@@ -73,7 +74,8 @@ def test_each_student_logs_and_swaps_into_a_folder_of_its_own(tmp_path):
 @pytest.fixture
 def two(runs, corpus_folder, tmp_path):
     """Two runs with whole checkpoints at steps 3 and 6, their recipes, and their corpus."""
-    folders = [shutil.copytree(runs.unbroken, tmp_path / name) for name in ("a", "b")]
+    # Links: files are taken away here, and none is written into.
+    folders = [shutil.copytree(runs.unbroken, tmp_path / name, copy_function=os.link) for name in ("a", "b")]
     recipes = [load_recipe(str(f / "recipe.toml"), [f"run.output={f}"]) for f in folders]
     return folders, recipes, Corpus.open(corpus_folder)
 
