@@ -213,6 +213,7 @@ assert prepare(request, disk / "corpus", workers=0).verify() == []
 """
 
 
+@pytest.mark.slow
 def test_full_and_read_only_disks(samples, tmp_path):
     """Whatever is being written, one message; with room the result is the same to the byte, and needs no writing."""
     text, tokenizer = tmp_path / "text.jsonl", Tokenizer.load(samples.teacher)

@@ -50,14 +50,20 @@ def test_help_is_fast():
     assert process.stdout == "[]\n"
 
 
-def test_distill_refuses_before_anything_is_launched(small_run, samples, corpus_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("relations.heads=40", "does not divide the teacher's hidden size 384"),
+        pytest.param("data.corpus={folder}/nothing", "is not a prepared corpus", marks=pytest.mark.slow),
+        pytest.param("teacher.model={folder}/nothing", "{folder}/nothing", marks=pytest.mark.slow),
+        pytest.param("data.weights={{ nowhere = 1.0 }}", "nowhere", marks=pytest.mark.slow),
+        pytest.param("student.init=best", "best", marks=pytest.mark.slow),
+    ],
+)
+def test_distill_refuses_before_anything_is_launched(override, words, small_run, tmp_path):
     """One process for many mistakes would be quicker, but each must be a clean exit of its own."""
     base = ["distill", "--recipe", "demo", *small_run, f"run.output={tmp_path / 'run'}"]
-    refused(minilm(*base, "relations.heads=40"), "does not divide the teacher's hidden size 384")
-    refused(minilm(*base, f"data.corpus={tmp_path / 'nothing'}"), "is not a prepared corpus")
-    refused(minilm(*base, f"teacher.model={tmp_path / 'nothing'}"), str(tmp_path / "nothing"))
-    refused(minilm(*base, "data.weights={ nowhere = 1.0 }"), "nowhere")
-    refused(minilm(*base, "student.init=best"), "best")
+    refused(minilm(*base, override.format(folder=tmp_path)), words.format(folder=tmp_path))
     assert not (tmp_path / "run").exists()
 
 

@@ -78,8 +78,8 @@ def test_a_python_without_the_packages_is_named(tmp_path):
     assert process.returncode == 2 and "activate the project's environment" in process.stderr
 
 
-def test_bash_runs_one_rank_to_the_end(small_run, tmp_path):
-    overrides = [*small_run, f"run.output={tmp_path / 'run'}", "optimizer.steps=1", "optimizer.warmup_steps=0"]
+def test_bash_runs_one_rank_to_the_end(toy_overrides, tmp_path):
+    overrides = [*toy_overrides, f"run.output={tmp_path / 'run'}", "optimizer.steps=1", "optimizer.warmup_steps=0"]
     process = start(["bash", SCRIPT, "--recipe", "demo", *overrides], cwd=tmp_path)
     assert process.returncode == 0, process.stderr[-3000:]
     assert "done: 1 steps, 8 samples" in process.stdout

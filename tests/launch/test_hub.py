@@ -79,6 +79,7 @@ def prepare(hub, out, *sources, **environment):
     )
 
 
+@pytest.mark.slow
 def test_a_dataset_is_asked_for_once_however_many_units_it_has(hub, texts, tmp_path):
     process = prepare(hub, tmp_path / "corpus", WIKIPEDIA)
     assert process.returncode == 0, process.stderr
@@ -91,6 +92,7 @@ def test_a_dataset_is_asked_for_once_however_many_units_it_has(hub, texts, tmp_p
     assert Corpus.open(tmp_path / "offline").manifest.shards == corpus.manifest.shards
 
 
+@pytest.mark.slow
 def test_a_dataset_that_changed_meanwhile_is_not_mixed_in(hub, dataset, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text("no record")

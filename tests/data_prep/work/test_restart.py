@@ -146,6 +146,7 @@ def _state(pid):
         return "Z"
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_reported_with_its_units(start, tmp_path, uninterrupted):
     process = start()
     wait_for(lambda: len(records(tmp_path / "c")) >= 2, process)
@@ -160,6 +161,7 @@ def test_a_dead_worker_is_reported_with_its_units(start, tmp_path, uninterrupted
     assert files_of(tmp_path / "c") == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_worker_that_stands_still_and_files_of_others_change_nothing(start, tmp_path, uninterrupted):
     """Stopped for a while, as by a laptop's lid; then killed, with files there that no run has written."""
     process = start()

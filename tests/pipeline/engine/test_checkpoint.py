@@ -51,6 +51,7 @@ def test_a_flipped_bit_is_found_by_checksum(checkpoints):
         checkpoint.read_weights(file.parent)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_not_resumed_from(runs, distill, tmp_path):
     """40,000 wrong bytes in the optimizer's state of rank 1: no rank trains on them, and the reason is said."""
     run = shutil.copytree(runs.resumed, tmp_path / "run")

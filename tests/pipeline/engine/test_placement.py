@@ -49,21 +49,31 @@ RANKS = textwrap.dedent(
     process_group.leave_process_group()
     """
 )
-PRECISIONS = ("fp32", "bf16")
+KINDS, PRECISIONS = ("zero3", "zero3_cpu"), ("fp32", "bf16")
 
 
 @pytest.fixture(scope="module")
-def compared(samples, tmp_path_factory):
-    """ZeRO-3 beside the replica: the real teacher, and a random one of every architecture, in both precisions."""
-    folder = tmp_path_factory.mktemp("teachers")
-    real = dict(model=str(samples.teacher), layer=5, vocabulary=30_000)
-    cases = [dict(name=f"{kind}-fp32", kind=kind, precision="fp32", **real) for kind in ("zero3", "zero3_cpu")]
+def real(samples, tmp_path_factory):
+    """ZeRO-3 beside the replica: the real teacher, in memory of GPUs or of the host."""
+    teacher = dict(model=str(samples.teacher), layer=5, vocabulary=30_000, precision="fp32")
+    return compare(tmp_path_factory.mktemp("real"), [dict(name=kind, kind=kind, **teacher) for kind in KINDS])
+
+
+@pytest.fixture(scope="module")
+def random(tmp_path_factory):
+    """The same of a random teacher of every architecture, in both precisions."""
+    folder, cases = tmp_path_factory.mktemp("random"), []
     for model_type in ARCHITECTURES:
         torch.manual_seed(0)
         model = AutoModel.from_config(small_config(model_type))
         model.save_pretrained(folder / model_type)
         small = dict(model=str(folder / model_type), layer=3, vocabulary=model.config.vocab_size, kind="zero3")
         cases += [dict(name=f"{model_type}-{precision}", precision=precision, **small) for precision in PRECISIONS]
+    return compare(folder, cases)
+
+
+def compare(folder: Path, cases: list[dict]) -> dict[str, list[dict]]:
+    """What each of two ranks found, by the cases' names."""
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc-per-node=2", "--no-python"]
     command += [sys.executable, "-c", RANKS, folder / "cases.json", folder / "results.json"]
@@ -73,19 +83,24 @@ def compared(samples, tmp_path_factory):
     return json.loads((folder / "results.json").read_text())
 
 
-NAMES = ["zero3-fp32", "zero3_cpu-fp32", *(f"{row}-{precision}" for row in ARCHITECTURES for precision in PRECISIONS)]
+@pytest.mark.parametrize("kind", KINDS)
+def test_partitioned_teacher_gives_the_replicas_projections(kind, real):
+    """Each of two ranks feeds its own rows."""
+    for result in real[kind]:
+        assert result["same"] and result["types"] == ["torch.float32"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_partitioned_teacher_gives_the_replicas_projections(name, compared):
-    """Each of two ranks feeds its own rows; the weights have the precision asked for on any processor."""
-    for result in compared[name]:
-        assert result["types"] == ["torch.bfloat16" if "bf16" in name else "torch.float32"]
-        assert result["same"]
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_of_every_architecture_too(model_type, precision, random):
+    """The weights have the precision asked for on any processor."""
+    for result in random[f"{model_type}-{precision}"]:
+        assert result["same"] and result["types"] == ["torch.bfloat16" if precision == "bf16" else "torch.float32"]
 
 
-def test_each_rank_holds_its_share_of_a_partitioned_teacher(compared):
-    shares = [result["held"] for kind in ("zero3-fp32", "zero3_cpu-fp32") for result in compared[kind]]
+def test_each_rank_holds_its_share_of_a_partitioned_teacher(real):
+    shares = [result["held"] for kind in KINDS for result in real[kind]]
     assert all(0.49 < share < 0.56 for share in shares)
 
 

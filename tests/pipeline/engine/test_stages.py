@@ -1,7 +1,8 @@
 """Every shipped DeepSpeed configuration, on one rank and on two: train, stop, resume, move on, export, score.
 
-The runs are those of a toy teacher, trained one after another in one process group a number of ranks. On a machine with
-GPUs the same cases run on them (`pytest -m gpu`), on one and on as many as there are.
+The runs are those of a toy teacher, trained one after another in one process group a number of ranks, as far as the
+tests that were asked for look at them. What CPUs and GPUs take by default, and ZeRO-3, are tested fast, the others are
+slow tests. On a machine with GPUs the same cases run on them (`pytest -m gpu`), on one and on as many as there are.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ STEPS = 4
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.03, "fp16": 0.01}
 
 
+EVERYDAY = ("cpu", "zero1", "zero3")  # what CPUs and GPUs take by default, and the most partitioned
 RANKS = (1, 2) if not torch.cuda.is_available() or torch.cuda.device_count() > 1 else (1,)
 
 
@@ -51,23 +53,39 @@ def toy_run(samples, tmp_path_factory) -> tuple[Path, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def trained(toy_run) -> Path:
-    """Runs NAME-RANKS unbroken, and made from their middle: NAME-RANKS-resumed, -other-ranks and -next."""
+def trained(toy_run, request) -> Path:
+    """Runs NAME-RANKS unbroken, and made from their middle: NAME-RANKS-resumed, -other-ranks and -next.
+
+    Of those names and ranks that tests of this session have; and what they are compared with.
+    """
     folder, overrides = toy_run
+    params = [item.callspec.params for item in request.session.items if "name" in parameters_here(item, request.path)]
+    asked = {(found["name"], found.get("ranks", RANKS[-1])) for found in params}
+    needed = {"fp32-stage0", *(name for name, _ in asked)}
     for ranks in RANKS:
-        train(folder, ranks, [_job(overrides, f"{name}-{ranks}", name) for name in RUNNABLE])
+        names = [name for name in RUNNABLE if name in needed]
+        train(folder, ranks, [_job(overrides, f"{name}-{ranks}", name) for name in names])
     for ranks in RANKS:
         jobs = []
-        for number, name in enumerate(RUNNABLE):
-            following = RUNNABLE[(number + 1) % len(RUNNABLE)]
+        for name in (name for name in RUNNABLE if (name, ranks) in asked):
             here, there = f"{name}-{ranks}", f"{name}-{3 - ranks}"
             jobs.append(_job(overrides, f"{here}-resumed", name, copy=here, resume="2"))
             if len(RANKS) > 1:
                 jobs.append(_job(overrides, f"{here}-other-ranks", name, copy=there, resume="2"))
             if ranks == RANKS[-1]:
-                jobs.append(_job(overrides, f"{here}-next", following, copy=here, resume="2"))
-        train(folder, ranks, jobs)
+                jobs.append(_job(overrides, f"{here}-next", following(name), copy=here, resume="2"))
+        if jobs:
+            train(folder, ranks, jobs)
     return folder
+
+
+def parameters_here(item: pytest.Item, path: Path) -> dict:
+    """Those of a test of this file; none if it has none, or lies elsewhere."""
+    return item.callspec.params if item.path == path and hasattr(item, "callspec") else {}
+
+
+def following(name: str) -> str:
+    return RUNNABLE[(RUNNABLE.index(name) + 1) % len(RUNNABLE)]
 
 
 def _job(overrides: list[str], run: str, name: str, **start: str) -> dict:
@@ -78,17 +96,18 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
     return read_weights(run / "checkpoints" / f"step-{STEPS:08d}")
 
 
-def cases():
-    reason = "DeepSpeed has no fp16 on this processor"
-    marks = {name: [pytest.mark.skip(reason=reason)] for name in NAMES if name not in RUNNABLE}
-    return [pytest.param(name, marks=marks.get(name, [])) for name in NAMES]
+def case(name: str, *ranks: int):
+    """The values of a test's parameters, with marks."""
+    marks = [] if name in EVERYDAY and ranks in ((), RANKS[-1:]) else [pytest.mark.slow]
+    if name not in RUNNABLE:
+        marks.append(pytest.mark.skip(reason="DeepSpeed has no fp16 on this processor"))
+    return pytest.param(name, *ranks, marks=marks)
 
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize(("name", "ranks"), [case(name, ranks) for name in NAMES for ranks in RANKS])
 class TestEveryConfiguration:
     def test_follows_the_curve_of_fp32_without_zero(self, name, ranks, trained):
         reference, ours = losses_of(trained / f"fp32-stage0-{ranks}"), losses_of(trained / f"{name}-{ranks}")
@@ -124,11 +143,10 @@ class TestEveryConfiguration:
         assert trained_names and not any(rounded)  # the fp32 master, not what the model computes with
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", map(case, NAMES))
 def test_goes_on_with_the_next_configuration(name, trained):
     """On the most ranks only: their number changes in the test above."""
-    following = RUNNABLE[(RUNNABLE.index(name) + 1) % len(RUNNABLE)]
-    coarser = max(precision(name), precision(following), key=lambda kind: TOLERANCE[kind])
+    coarser = max(precision(name), precision(following(name)), key=lambda kind: TOLERANCE[kind])
     _close(trained / f"{name}-{RANKS[-1]}-next", trained / f"{name}-{RANKS[-1]}", coarser)
 
 
@@ -148,8 +166,9 @@ def test_scores_of_a_run(name, trained):
     assert all(after < before for before, after in scores.held_out.values())
 
 
-def test_going_back_sets_later_checkpoints_aside(trained):
-    run = trained / f"zero1-{RANKS[-1]}-resumed"
+@pytest.mark.parametrize("name", ["zero1"])
+def test_going_back_sets_later_checkpoints_aside(name, trained):
+    run = trained / f"{name}-{RANKS[-1]}-resumed"
     (aside,) = (run / "aside").iterdir()
     assert {path.name for path in aside.iterdir()} == {f"step-{STEPS:08d}", "metrics.jsonl"}
     assert [r["step"] for r in read_metrics(aside, "train")] == [1, 2, 3, 4]
@@ -183,6 +202,7 @@ def token_of_two_steps(overrides: list[str], steps: int) -> int:
     return next(token for token in sorted(set.union(*batches)) if sum(token in batch for batch in batches) == 2)
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_skipped_alike_at_every_stage(spoilt, toy_run):
     """NaN in one micro-batch of one rank: no rank steps, the count and the learning rate go on, weights stay finite."""
     folder, _ = toy_run

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 from pipeline.training.metrics import read_metrics
 
 CASES = ("fine", "loss", "gradient", "first micro-batch", "one rank", "fine")
@@ -85,6 +87,7 @@ def test_steps_that_are_not_finite_are_skipped_on_every_stage_precision_and_rank
             assert finite and (steps, skipped) == (len(CASES), expected.count(False)), where
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_saved_with_its_samples_named(distill, tmp_path):
     overrides = ["optimizer.peak_lr=1e30", "optimizer.steps=50", "checkpoint.stop_after_skipped_steps=4"]
     process = distill(tmp_path / "run", *overrides, ranks=1, expect=3)

@@ -12,6 +12,7 @@ from pipeline.tasks.vectors import linear_probe, neighbours_in_common, ranks
 from pipeline.training.run_folder import FinishedRun
 
 
+@pytest.mark.slow
 def test_scores_of_a_real_run(runs, samples, tmp_path):
     run = shutil.copytree(runs.resumed, tmp_path / "run")
     scores = without_labels(Request(model=str(run), probe=samples.leads("en"), texts=120))

@@ -166,6 +166,7 @@ for capability in (80, 90):
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_ampere_and_hopper_without_a_gpu(tmp_path):
     root = Path(__file__).parents[3]
     script = tmp_path / "compile_kernels.py"
@@ -216,7 +217,10 @@ def test_estimate_of_shared_memory_is_what_the_compiler_takes():
         assert tile_bytes(sum(widths) * itemsize, kept=128, walked=64) == pytest.approx(compiled, rel=0.02)
 
 
-@pytest.mark.parametrize("columns_block", [(64, 64), (32, 32), (16, 16)])
+SMALLER = [pytest.param(block, marks=pytest.mark.slow) for block in ((32, 32), (16, 16))]
+
+
+@pytest.mark.parametrize("columns_block", [(64, 64), *SMALLER])
 def test_smaller_blocks_give_the_same(columns_block, monkeypatch):
     monkeypatch.setattr(relation_kernel, "_COLUMNS_BLOCKS", (columns_block,))
     monkeypatch.setattr(relation_kernel, "_ROWS_BLOCKS", ((16, 32),))

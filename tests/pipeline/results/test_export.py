@@ -129,6 +129,7 @@ def test_a_link_is_followed_and_a_read_only_run_makes_a_writable_model(runs, tmp
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "model").stat().st_mode & 0o200
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_message_and_leaves_nothing(runs, on_small_disk):
     code = "import sys; from launch import cli; sys.argv[:] = ['minilm', 'export', sys.argv[2], '--out', sys.argv[1]"
     process = on_small_disk("100k", f"{code} + '/model']; cli.main()", runs.unbroken)

@@ -81,6 +81,7 @@ def test_compiled_layers_follow_the_same_curve(distill, tmp_path, monkeypatch):
     assert compiled == pytest.approx(plain, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_corpus_without_held_out_split_trains_without_that_loss(samples, distill, tmp_path):
     from data_prep.prepare import PrepareRequest, prepare
     from data_prep.readers.sources import Source
@@ -95,6 +96,7 @@ def test_a_corpus_without_held_out_split_trains_without_that_loss(samples, disti
     assert losses(tmp_path / "run", "validation") == []
 
 
+@pytest.mark.slow
 def test_a_mistake_that_one_rank_alone_finds_is_said_once(samples, distill, tmp_path):
     """Two sources that take turns, a sample each a step: one rank alone reads the second, whose ids are damaged."""
     import numpy as np
@@ -115,6 +117,7 @@ def test_a_mistake_that_one_rank_alone_finds_is_said_once(samples, distill, tmp_
     assert f"{path} holds the token id 65000" in process.stderr and re.search(r"\[rank [01] on .+\]", process.stderr)
 
 
+@pytest.mark.slow
 def test_a_finished_run_whose_corpus_and_teacher_have_moved_is_known_again(
     runs, samples, corpus_folder, distill, tmp_path
 ):
