@@ -19,8 +19,8 @@ from data_prep import durable
 from data_prep.errors import UserError, words_of
 from pipeline.encoders.models import load_teacher, teacher_config
 from pipeline.engine import checkpoint, deepspeed_config, records
-from pipeline.evaluation.probe import read_probe
 from pipeline.recipes import load_recipe
+from pipeline.tasks.probe import read_probe
 from pipeline.training import preflight
 from pipeline.training.run_folder import FinishedRun
 from tests import toy

@@ -8,10 +8,10 @@ from pathlib import Path
 from data_prep import samples
 from data_prep.errors import UserError
 from pipeline.evaluation import contestants, design, labelfree, progress, report, results, study
-from pipeline.evaluation.probe import read_probe
 from pipeline.results.export import add_scores, exported
 from pipeline.shipping import card
 from pipeline.tasks import metrics
+from pipeline.tasks.probe import read_probe
 from pipeline.tasks.table import Task, find_tasks, with_epochs
 from pipeline.training.run_folder import FinishedRun
 

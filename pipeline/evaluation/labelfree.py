@@ -24,8 +24,8 @@ from data_prep.errors import UserError, first_line
 from data_prep.shards import Corpus
 from pipeline.data.loader import validation_batches
 from pipeline.evaluation.contestants import STUDENT, TEACHER, UNTRAINED
-from pipeline.evaluation.probe import ProbeTask, majority
 from pipeline.shipping.card import held_out
+from pipeline.tasks.probe import ProbeTask, majority
 from pipeline.tasks.vectors import embed, forward_speed, linear_probe, load_encoder, neighbours_in_common, ranks
 from pipeline.training.build import data_options, fresh_student
 from pipeline.training.metrics import iterate_metrics

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.config import Recipe
+from pipeline.encoders.flops import student_flops, teacher_flops
 from pipeline.engine import deepspeed_config
 from pipeline.planning.memory import Memory, rank_memory
 from pipeline.planning.models import Models, models_of
@@ -19,7 +20,6 @@ from pipeline.planning.steps import Step, step_of
 from pipeline.planning.totals import Totals, totals_of
 from pipeline.planning.trace import Trace, trace
 from pipeline.training import company
-from pipeline.training.flops import student_flops, teacher_flops
 
 ON_GPUS = ("zero1", "zero0", "zero2", "zero3", "zero2_offload", "zero3_offload")
 ON_CPUS = ("cpu",)

@@ -31,7 +31,7 @@ class Step:
         seconds: part -> seconds; `launches` is what the device waits for Python, `wire` what is not hidden behind the
             backward pass.
         tokens: of the step over all ranks.
-        flops: model operations over all ranks, as `pipeline.training.flops` counts them.
+        flops: model operations over all ranks, as `pipeline.encoders.flops` counts them.
         wire_bytes: that one rank sends.
         binds: which of the parts is the longest, in words.
     """

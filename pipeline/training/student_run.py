@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_prep.shards import Corpus
 from pipeline.config import Recipe
+from pipeline.encoders import flops
 from pipeline.engine import checkpoint, ranks, records
 from pipeline.engine.records import Record
 from pipeline.engine.student import (
@@ -27,7 +28,7 @@ from pipeline.engine.student import (
 )
 from pipeline.relations.loss import RelationLoss, layerwise_relation_loss, relation_loss
 from pipeline.relations.qkv import QKV
-from pipeline.training import flops, run_folder
+from pipeline.training import run_folder
 from pipeline.training.build import compared_layers, fresh_student
 from pipeline.training.monitor import PhaseTimer, RunLog, peak_memory_bytes, start_monitor
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from data_prep.shards import Corpus
 from pipeline.config import Recipe
 from pipeline.data.loader import Batch, Loader, validation_batches
+from pipeline.encoders import flops
 from pipeline.engine import checkpoint, deepspeed_config, placement, process_group, ranks
 from pipeline.engine.records import Record
 from pipeline.relations.qkv import QKV
-from pipeline.training import company, flops
+from pipeline.training import company
 from pipeline.training.build import data_options
 from pipeline.training.monitor import PhaseTimer, Terminal
 from pipeline.training.stopping import EXIT_DIVERGED, EXIT_REQUEUE, StopRequest

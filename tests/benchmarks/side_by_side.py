@@ -5,7 +5,7 @@
 Every measurement is a process of its own on one rank: it takes real steps of real text (the samples of `minilm
 samples`), and says how long a step took and how much memory it held at most. A round trains N students together, then
 each of them alone; the ratio is (sum of the times alone) / (time together). The limit is written down first: what the
-operations allow (`pipeline/training/flops.py`), T for the teacher and S for a student: (N T + N S) / (T + N S).
+operations allow (`pipeline/encoders/flops.py`), T for the teacher and S for a student: (N T + N S) / (T + N S).
 """
 
 import argparse

@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from relations import materialised  # noqa: E402
 
 from pipeline import relation_kernel  # noqa: E402
+from pipeline.encoders.flops import peak_flops, student_flops, teacher_flops  # noqa: E402
 from pipeline.encoders.models import RelationEncoder, StudentShape, build_student, with_layers  # noqa: E402
 from pipeline.relations.loss import relation_loss  # noqa: E402
 from pipeline.relations.qkv import QKV
-from pipeline.training.flops import peak_flops, student_flops, teacher_flops  # noqa: E402
 
 SHAPES = {
     "xlmr-large": dict(

@@ -6,8 +6,8 @@ import torch
 
 from data_prep.errors import UserError
 from pipeline.evaluation.command import Request, without_labels
-from pipeline.evaluation.probe import read_probe
 from pipeline.results.export import export
+from pipeline.tasks.probe import read_probe
 from pipeline.tasks.vectors import linear_probe, neighbours_in_common, ranks
 from pipeline.training.run_folder import FinishedRun
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.training.flops import peak_flops
+from pipeline.encoders.flops import peak_flops
 
 
 @pytest.mark.parametrize(
