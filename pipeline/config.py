@@ -165,12 +165,16 @@ class Checkpoint:
 class Logging:
     """When the loss is logged and when the held-out loss is measured (at the first and last step in any case).
 
-    When no step ends for `hang_seconds`, every rank prints the stacks of its threads.
+    Attributes:
+        probe: labelled texts, JSON lines of `text` and `label` or `topic`; with the held-out loss the accuracy of a
+            linear probe on the student's features is measured.
+        hang_seconds: when no step ends for so long, every rank prints the stacks of its threads.
     """
 
     every_steps: Positive = 10
     validate_every_steps: NotNegative = 0
     validation_samples: Positive = 256
+    probe: Annotated[str, Field(min_length=1)] | None = None
     hang_seconds: Annotated[int, Field(gt=0, le=10_000_000)] = 900
 
 

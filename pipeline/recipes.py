@@ -45,7 +45,7 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
     for override in overrides:
         _apply_override(table, override)
     table = _expand(table)
-    for section, key in (("run", "output"), ("data", "corpus"), ("teacher", "nvme_path")):
+    for section, key in (("run", "output"), ("data", "corpus"), ("teacher", "nvme_path"), ("logging", "probe")):
         if isinstance(table.get(section), dict) and isinstance(table[section].get(key), str):
             table[section][key] = os.path.expanduser(table[section][key])
     return parse_recipe(table, where=str(path))

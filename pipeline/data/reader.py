@@ -52,6 +52,11 @@ class Batch:
         parts = {name: None if value is None else value[rows] for name, value in vars(self).items()}
         return Batch(**parts)
 
+    def inputs(self, device: torch.device) -> dict[str, torch.Tensor | None]:
+        """What an encoder takes, on a device: all but the samples' numbers."""
+        tensors = {name: value for name, value in vars(self).items() if name != "samples"}
+        return {name: t if t is None else t.to(device, non_blocking=True) for name, t in tensors.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Places:

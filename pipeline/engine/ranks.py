@@ -1,4 +1,4 @@
-"""Decisions that all ranks share: one rank decides and all follow, and a mistake that one rank finds ends all alike.
+"""What all ranks share: one rank decides and all follow, a mistake that one rank finds ends all alike, each tells all.
 
 Ranks that decide for themselves may decide differently (free memory, network disks that show files late), and then wait
 for each other in different collectives. These functions are collective: every rank calls them in the same order.
@@ -8,7 +8,9 @@ import socket
 from collections.abc import Callable
 from typing import TypeVar
 
+import numpy as np
 import torch.distributed as dist
+from torch import Tensor
 
 from data_prep.errors import UserError
 from pipeline.engine.meeting import Report, verdict
@@ -62,3 +64,31 @@ def gathered(value: Result) -> list[Result]:
     values: list[Result] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+class SharedRows:
+    """A matrix of which every rank has some rows, by their numbers, such as vectors of samples.
+
+    Args:
+        count: rows; what is put under other numbers is left out.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count, self._rows = count, None  # the width comes with the first rows
+
+    def put(self, numbers: np.ndarray, rows: Tensor) -> None:
+        """Rows of this rank.
+
+        Args:
+            numbers: int64 [n]; a number is put once, by one rank.
+            rows: [n, width].
+        """
+        if self._rows is None:
+            self._rows = rows.new_zeros(self._count, rows.shape[1])
+        wanted = np.flatnonzero(numbers < self._count)
+        self._rows[numbers[wanted]] = rows[wanted]
+
+    def together(self) -> Tensor:
+        """The rows of all ranks, [count, width], zero where there is none; every rank has put some."""
+        dist.all_reduce(self._rows)
+        return self._rows

@@ -11,7 +11,7 @@ from pipeline.evaluation import contestants, design, labelfree, progress, report
 from pipeline.results.export import add_scores, exported
 from pipeline.shipping import card
 from pipeline.tasks import metrics
-from pipeline.tasks.probe import read_probe
+from pipeline.tasks.probe import PROBE_TEXTS, read_probe
 from pipeline.tasks.table import Task, find_tasks, with_epochs
 from pipeline.training.run_folder import FinishedRun
 
@@ -43,7 +43,7 @@ class Request:
     limit: int | None = None
     out: Path | None = None
     probe: Path | None = None
-    texts: int = 1200
+    texts: int = PROBE_TEXTS
 
     def run(self) -> FinishedRun | None:
         """The run that is asked about; None for a model."""
@@ -66,7 +66,7 @@ class Request:
 def without_labels(request: Request) -> labelfree.Scores:
     """Score without labels; a run's scores are written into its exported folder and its card."""
     run = request.run()
-    probe = read_probe(request.probe, texts=request.texts, seed=1) if request.probe else None
+    probe = read_probe(request.probe, texts=request.texts) if request.probe else None
     if run is None:
         return labelfree.of_models(contestants.named([request.model, *request.against]), probe=probe)
     scores = labelfree.of_run(run, exported(run), contestants.named(request.against), probe=probe)

@@ -26,12 +26,21 @@ from pipeline.data.loader import validation_batches
 from pipeline.evaluation.contestants import STUDENT, TEACHER, UNTRAINED
 from pipeline.shipping.card import held_out
 from pipeline.tasks.probe import ProbeTask, majority
-from pipeline.tasks.vectors import embed, forward_speed, linear_probe, load_encoder, neighbours_in_common, ranks
+from pipeline.tasks.vectors import (
+    FEWEST_TEXTS,
+    NEAREST,
+    embed,
+    forward_speed,
+    linear_probe,
+    load_encoder,
+    neighbours_in_common,
+    ranks,
+)
 from pipeline.training.build import data_options, fresh_student
 from pipeline.training.metrics import iterate_metrics
 from pipeline.training.run_folder import FinishedRun
 
-NEAREST, HELD_OUT_TEXTS, FEWEST_TEXTS = 10, 512, 32
+HELD_OUT_TEXTS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +103,7 @@ def measure(models: dict[str, Loaded], *, probe: ProbeTask | None, texts: Sequen
         if texts:
             whole = vectors(texts)
             first = whole if first is None else first
-            neighbours[name] = neighbours_in_common(first, whole, NEAREST)
+            neighbours[name] = neighbours_in_common(first, whole)
             halves = [vectors(side) for side in zip(*map(_halves, texts), strict=True)]
             found = ranks(*halves)
             adjacent[name] = sum(rank == 1 for rank in found) / len(found)

@@ -10,10 +10,10 @@ from data_prep.errors import UserError
 from pipeline.config import Recipe, flat
 from pipeline.recipes import load_recipe
 from pipeline.shipping.folder import MARKER
-from pipeline.training.metrics import iterate_metrics
+from pipeline.training.metrics import SCORES, iterate_metrics
 from pipeline.training.run_folder import EXPORT, MODEL, read_ended, short_names
 
-Point = tuple[float, float, float]  # tokens seen, seconds of training, loss
+Point = tuple[float, float, float]  # tokens seen, seconds of training, loss or score
 _NO_DIFFERENCE = ("run.output", "teacher.placement", "teacher.nvme_path", "data.verify", "relations.implementation")
 
 
@@ -27,8 +27,9 @@ class Outcome:
         held_out: relation -> the last held-out loss.
         tokens_per_second: of its last training record; of all of a step's time, also where others trained beside it.
         parameters: of the student.
-        scores: measure -> value, as `evaluate` has left them in the exported folder.
-        training, validation: of every record, oldest first.
+        scores: measure -> value: the last ones of training, and those that `evaluate` has left in the exported folder.
+        training, validation: the losses of every record, oldest first.
+        scored: of `metrics.SCORES`, measure -> every value that was measured while training.
         has_ended: it gave up while others beside it went on.
     """
 
@@ -41,6 +42,7 @@ class Outcome:
     scores: dict[str, float]
     training: list[Point] = field(repr=False)
     validation: list[Point] = field(repr=False)
+    scored: dict[str, list[Point]] = field(repr=False)
     has_ended: bool = False
 
 
@@ -56,7 +58,7 @@ def read(folders: Sequence[Path]) -> list[Outcome]:
         if not (folder / "recipe.toml").is_file():
             raise UserError(f"{folder} is not the folder of a run: it has no recipe.toml. Give a recipe's run.output.")
         recipe = load_recipe(str(folder / "recipe.toml"))
-        training, validation, records = _course(folder, recipe)
+        training, validation, scored, records = _course(folder, recipe)
         last = records.get("train", {})
         found.append(
             Outcome(
@@ -66,9 +68,11 @@ def read(folders: Sequence[Path]) -> list[Outcome]:
                 held_out=records.get("validation", {}).get("per_pair", {}),
                 tokens_per_second=last.get("tokens_per_second", 0.0),
                 parameters=_parameters(folder),
-                scores=_scores(folder),
+                scores={f"{SCORES[name]}, training": course[-1][2] for name, course in scored.items()}
+                | _scores(folder),
                 training=training,
                 validation=validation,
+                scored=scored,
                 has_ended=read_ended(folder) is not None,
             )
         )
@@ -134,10 +138,12 @@ def table(outcomes: Sequence[Outcome]):
     return Group(result, *map(Text, notes))
 
 
-def _course(folder: Path, recipe: Recipe) -> tuple[list[Point], list[Point], dict[str, dict[str, Any]]]:
-    """The points of the training records and of the held-out ones, and the last record of each kind."""
+def _course(
+    folder: Path, recipe: Recipe
+) -> tuple[list[Point], list[Point], dict[str, list[Point]], dict[str, dict[str, Any]]]:
+    """The losses of the training records and of the held-out ones, the scores, and the last record of each kind."""
     tokens = recipe.optimizer.global_batch_samples * recipe.data.seq_tokens
-    training, validation, last = [], [], {}
+    training, validation, scored, last = [], [], {}, {}
     step, seconds = 0, 0.0
     for record in iterate_metrics(folder):
         last[record["kind"]] = record
@@ -147,8 +153,11 @@ def _course(folder: Path, recipe: Recipe) -> tuple[list[Point], list[Point], dic
             step = record["step"]
             training.append((step * tokens, seconds, record["loss"]))
         elif record["kind"] == "validation":
-            validation.append((record["step"] * tokens, seconds, record["loss"]))
-    return training, validation, last
+            at = record["step"] * tokens, seconds
+            validation.append((*at, record["loss"]))
+            for name in SCORES.keys() & record.keys():
+                scored.setdefault(name, []).append((*at, record[name]))
+    return training, validation, {name: scored[name] for name in SCORES if name in scored}, last
 
 
 def _parameters(folder: Path) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 from data_prep.errors import UserError
 from pipeline.engine import records
 from pipeline.recipes import load_recipe
-from pipeline.training.metrics import iterate_metrics
+from pipeline.training.metrics import SCORES, iterate_metrics
 
 
 def table(folder: Path, *, verify: bool = False):
@@ -30,6 +30,9 @@ def table(folder: Path, *, verify: bool = False):
     for kind in ("train", "validation"):
         if kind in last:
             run.add_row(f"{kind} loss", f"{last[kind]['loss']:.4f} at step {last[kind]['step']:,}")
+    measured = last.get("validation", {})
+    for name in filter(measured.__contains__, SCORES):
+        run.add_row(SCORES[name], f"{measured[name]:.1%} at step {measured['step']:,}")
     checkpoints = Table("checkpoint", "samples seen", "ranks", "ZeRO stage", "MB", "state", title="Checkpoints")
     for path in sorted((folder / "checkpoints").glob("step-*")):
         problem = records.why_torn(path, checksums=verify)

@@ -1,12 +1,17 @@
-"""Labelled texts for the linear probe, read from a file of JSON lines."""
+"""Labelled texts for the linear probe: read from a file of JSON lines, and as rows of tokens."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data_prep.errors import UserError
+from data_prep.tokens.tokenizer import Tokenizer
+
+PROBE_TEXTS = 1200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +25,7 @@ class ProbeTask:
     labels: list[str]
 
 
-def read_probe(path: Path, *, texts: int, seed: int) -> ProbeTask:
+def read_probe(path: Path, *, texts: int = PROBE_TEXTS, seed: int = 1) -> ProbeTask:
     """Read labelled texts and split them in half, in an order that depends on `seed` alone."""
     if not path.is_file():
         raise UserError(f"there is no probe file {path}; expected JSONL lines with `text` and `topic` or `label`")
@@ -47,6 +52,21 @@ def read_probe(path: Path, *, texts: int, seed: int) -> ProbeTask:
         test_labels=numbers[half:],
         labels=labels,
     )
+
+
+def rows_of(texts: Sequence[str], tokenizer: Tokenizer, seq_tokens: int) -> tuple[Tensor, Tensor]:
+    """Texts as rows [CLS] text [SEP], cut where they are longer.
+
+    Returns:
+        Token ids, int64, and which of them are real, bool; [texts, seq_tokens] each.
+    """
+    ids = torch.full((len(texts), seq_tokens), tokenizer.pad_id)
+    real = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, tokens in enumerate(tokenizer.encode_batch(texts)):
+        whole = [tokenizer.cls_id, *tokens[: seq_tokens - 2].tolist(), tokenizer.sep_id]
+        ids[row, : len(whole)] = torch.tensor(whole)
+        real[row, : len(whole)] = True
+    return ids, real
 
 
 def majority(labels: list[int]) -> float:

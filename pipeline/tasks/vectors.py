@@ -7,6 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pipeline.relations.qkv import QKV
+
+NEAREST, FEWEST_TEXTS = 10, 32  # neighbours of a text, and among how few texts that says nothing
+
 
 def load_encoder(folder: str, trust_remote_code: bool = False):
     """A model as it is, in fp32 and eval mode, without a pooler, on the GPU if there is one."""
@@ -40,8 +44,25 @@ def embed(model: nn.Module, tokenizer, texts: Sequence[str], seq_tokens: int, ro
 def pooled(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The mean of the last hidden state over real tokens: [rows, hidden] of ids and mask [rows, positions]."""
     hidden = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-    mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * mask).sum(1) / mask.sum(1)
+    return mean_over_tokens(hidden, attention_mask)
+
+
+def mean_over_tokens(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The mean over real tokens, fp32 [rows, hidden].
+
+    Args:
+        hidden: [rows, positions, hidden], of any precision; what stands at padding does not matter.
+        attention_mask: [rows, positions], true where there is a real token; None: no padding.
+    """
+    if attention_mask is None:
+        return hidden.mean(1, dtype=torch.float32)
+    real = attention_mask.bool().unsqueeze(-1)
+    return hidden.masked_fill(~real, 0).sum(1, dtype=torch.float32) / real.sum(1)
+
+
+def qkv_vectors(qkv: QKV, attention_mask: Tensor | None) -> Tensor:
+    """The means of a layer's queries, keys and values over real tokens, side by side: fp32 [rows, 3 hidden]."""
+    return torch.cat([mean_over_tokens(x, attention_mask) for x in qkv], dim=1)
 
 
 def ranks(queries: Tensor, documents: Tensor) -> list[int]:
@@ -51,7 +72,7 @@ def ranks(queries: Tensor, documents: Tensor) -> list[int]:
     return ((scores >= own).sum(1)).tolist()
 
 
-def neighbours_in_common(one: Tensor, other: Tensor, k: int = 10) -> float:
+def neighbours_in_common(one: Tensor, other: Tensor, k: int = NEAREST) -> float:
     """Mean share of the k nearest of each text, by cosine, that two models agree on; [texts, hidden] each.
 
     Means are taken off first: vectors of untuned encoders all point the same way.

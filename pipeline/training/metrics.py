@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
+SCORES = {  # of a validation record, where they were measured -> their names for people
+    "neighbours_in_common": "neighbours in common",
+    "probe_accuracy": "probe",
+}
 METRICS_BYTES = 256 << 20  # a file that passes this loses every second of its older training records
 
 
@@ -35,7 +39,7 @@ def _is_record(record: Any) -> bool:
     pairs = record.get("per_pair", {})
     if not isinstance(pairs, dict):
         return False
-    numbers = [record.get(name, 0) for name in ("loss", "tokens_per_second")] + list(pairs.values())
+    numbers = [record.get(name, 0) for name in ("loss", "tokens_per_second", *SCORES)] + list(pairs.values())
     whole = {"loss", "per_pair"} <= record.keys() or record["kind"] != "validation"
     return whole and all(type(number) in (int, float) for number in numbers)
 

@@ -26,6 +26,7 @@ from pipeline.encoders.student_init import TAIL_INITS, parse_init
 from pipeline.engine import deepspeed_config, records
 from pipeline.engine.operators import require_async_io
 from pipeline.engine.placement import teacher_fingerprint
+from pipeline.tasks.probe import read_probe
 from pipeline.training.build import data_options, student_shape, teacher_settings
 from pipeline.training.run_folder import CHECKPOINTS, check_claimable
 
@@ -53,6 +54,7 @@ def check(recipes: Sequence[Recipe], ds_config: dict[str, Any], *, world_size: i
         deepspeed_config.merge(own, ds_config, world_size=world_size)
         _check_models(own, ds_config, teacher)
     corpus = Corpus.open(recipe.data.corpus, look=_is_first_of_machine())
+    _check_probe(recipe, corpus)
     _check_bytes(recipe, corpus)
     _check_tokenizer(corpus, recipe.teacher.model)
     _check_vocabulary(corpus, teacher.vocab_size, recipe.teacher.model)
@@ -227,6 +229,21 @@ def _check_init(init: str, tail_init: str, student_layers: int, teacher_layers: 
     parse_init(init, student_layers, teacher_layers)
     if tail_init not in TAIL_INITS:
         raise UserError(f"student.tail_init = {tail_init!r} is not one of {', '.join(TAIL_INITS)}")
+
+
+def _check_probe(recipe: Recipe, corpus: Corpus) -> None:
+    """Refuse labelled texts that cannot be used, where rank 0 will read them for all."""
+    if not recipe.logging.probe or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        read_probe(Path(recipe.logging.probe))
+    except UserError as error:
+        raise UserError(f"logging.probe: {error}") from None
+    if not corpus.shards("validation"):
+        raise UserError(
+            f"logging.probe is measured with the held-out loss, but the corpus {corpus.folder} has no validation "
+            "split: prepare it with --validation 0.01, or leave the probe out"
+        )
 
 
 def _check_bytes(recipe: Recipe, corpus: Corpus) -> None:

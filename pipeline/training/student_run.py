@@ -28,8 +28,10 @@ from pipeline.engine.student import (
 )
 from pipeline.relations.loss import RelationLoss, layerwise_relation_loss, relation_loss
 from pipeline.relations.qkv import QKV
+from pipeline.tasks.vectors import qkv_vectors
 from pipeline.training import run_folder
 from pipeline.training.build import compared_layers, fresh_student
+from pipeline.training.metrics import SCORES
 from pipeline.training.monitor import PhaseTimer, RunLog, peak_memory_bytes, start_monitor
 
 
@@ -124,7 +126,7 @@ class StudentRun:
             number: of the micro-batch in its step, from 0.
         """
         torch.manual_seed(micro_batch_seed(self.recipe.run.seed, self.step, number, self.rank))
-        loss = self.loss(teacher, inputs)
+        loss = self.loss(teacher, self.forward(inputs), inputs)
         self._sums += torch.stack([loss.total.detach(), *loss.per_pair.values()])
         last = number == self.engine.gradient_accumulation_steps() - 1
         with self.timer.phase("backward"):
@@ -135,10 +137,15 @@ class StudentRun:
             self.step += 1
             self.skipped_in_a_row = 0 if stepped else self.skipped_in_a_row + 1
 
-    def loss(self, teacher: Mapping[int, QKV], inputs: dict[str, Tensor | None]) -> RelationLoss:
-        """Of one micro-batch, means over its samples."""
+    def forward(self, inputs: dict[str, Tensor | None]) -> QKV | tuple[QKV, ...]:
+        """The student's queries, keys and values, as `RelationEncoder` gives them."""
         with self.timer.phase("student"):
-            student = self.engine(**inputs)
+            return self.engine(**inputs)
+
+    def loss(
+        self, teacher: Mapping[int, QKV], student: QKV | tuple[QKV, ...], inputs: dict[str, Tensor | None]
+    ) -> RelationLoss:
+        """Of one micro-batch, means over its samples."""
         relations = self.recipe.relations
         options = dict(
             heads=relations.heads,
@@ -196,24 +203,32 @@ class StudentRun:
         self.log.record("train", self.step, values)
         return values
 
-    def log_validation(self, sums: Tensor) -> None:
-        """Log the held-out loss.
+    def log_validation(self, sums: Tensor, scores: dict[str, float]) -> None:
+        """Log the held-out loss and the scores beside it.
 
         Args:
-            sums: of this rank, see `validation_sums`.
+            sums: of all ranks, see `validation_sums`.
+            scores: of `metrics.SCORES`, those that were measured.
         """
         self.timer.take()
-        dist.all_reduce(sums)
         total, *parts = (sums[:-1] / sums[-1]).tolist()
-        values = dict(loss=total, per_pair=dict(zip(self.names[1:], parts, strict=True)))
+        values = dict(loss=total, per_pair=dict(zip(self.names[1:], parts, strict=True)), **scores)
         self.log.record("validation", self.step, {"samples_seen": self.samples_seen, **values})
-        self.say(f"held-out loss at step {self.step}: {loss_text(values)}")
+        shown = [f"{SCORES[name]} {score:.1%}" for name, score in scores.items()]
+        self.say("  ".join([f"held-out loss at step {self.step}: {loss_text(values)}", *shown]))
 
-    def validation_sums(self, teacher: Mapping[int, QKV], inputs: dict[str, Tensor | None]) -> Tensor:
+    def validation_sums(
+        self, teacher: Mapping[int, QKV], student: QKV | tuple[QKV, ...], inputs: dict[str, Tensor | None]
+    ) -> Tensor:
         """Loss and parts in the order of `names`, summed over the samples of a micro-batch, and last their number."""
-        loss, samples = self.loss(teacher, inputs), inputs["input_ids"].shape[0]
+        loss, samples = self.loss(teacher, student, inputs), inputs["input_ids"].shape[0]
         means = torch.stack([loss.total, *loss.per_pair.values(), torch.ones_like(loss.total)])
         return means.double() * samples
+
+    def vectors(self, student: QKV | tuple[QKV, ...], inputs: dict[str, Tensor | None]) -> Tensor:
+        """Of samples or texts, from what the student gives for them: means over the last layer, [rows, 3 hidden]."""
+        last = student if self.recipe.relations.layers is None else student[-1]
+        return qkv_vectors(last, inputs["attention_mask"])
 
     def save(self) -> None:
         """Write a checkpoint of the present step; older ones stay until `remove_old`."""

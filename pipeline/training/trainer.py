@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data_prep.shards import Corpus
 from pipeline.config import Recipe
-from pipeline.data.loader import Batch, Loader, validation_batches
+from pipeline.data.loader import Batch, Loader
 from pipeline.encoders import flops
 from pipeline.engine import checkpoint, deepspeed_config, placement, process_group, ranks
 from pipeline.engine.records import Record
@@ -29,8 +29,7 @@ from pipeline.training.build import data_options
 from pipeline.training.monitor import PhaseTimer, Terminal
 from pipeline.training.stopping import EXIT_DIVERGED, EXIT_REQUEUE, StopRequest
 from pipeline.training.student_run import StudentRun, loss_text
-
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
+from pipeline.training.validation import Validation
 
 
 class Distillation:
@@ -79,6 +78,13 @@ class Distillation:
             rank=self.rank,
             world_size=self.world_size,
             samples_seen=self.samples_seen,
+        )
+        self.validation = Validation(
+            self.recipe,
+            corpus,
+            micro_batch_samples=self.micro_batch_samples,
+            teach=self._teach,
+            say=self.terminal.say,
         )
 
     def _place_teacher(self, ds_config: dict[str, Any]) -> tuple[torch.nn.Module, placement.Placement]:
@@ -167,34 +173,8 @@ class Distillation:
         return EXIT_DIVERGED if fruitless or len(self.active) < len(self.runs) else 0
 
     def validate(self) -> None:
-        """Measure the relation losses on the first held-out samples, without dropout, and log them."""
-        if not self.corpus.shards("validation"):
-            if self.step == 0:
-                self.terminal.say(
-                    "no held-out loss: the corpus has no validation split (minilm prepare --validation 0.01)"
-                )
-            return
-        batches = validation_batches(
-            self.corpus,
-            self.options,
-            samples=self.recipe.logging.validation_samples,
-            micro_batch_samples=self.micro_batch_samples,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        runs = self.active
-        sums = [torch.zeros(len(run.names) + 1, dtype=torch.float64, device=self.device) for run in runs]
-        for run in runs:
-            run.engine.eval()
-        with torch.no_grad():
-            for batch in batches:
-                inputs = self._inputs(batch)
-                teacher = self._teach(inputs)
-                for run, own in zip(runs, sums, strict=True):
-                    own += run.validation_sums(teacher, inputs)
-        for run, own in zip(runs, sums, strict=True):
-            run.engine.train()
-            run.log_validation(own)
+        """Measure the students on held-out samples, without dropout, and log what comes of it."""
+        self.validation.measure(self.active)
         self.timer.take()
 
     def close(self) -> None:
@@ -227,7 +207,7 @@ class Distillation:
             run.begin_step()
         for number in range(self.accumulation_steps):
             taken.append(next(batches))
-            inputs = self._inputs(taken[-1])
+            inputs = taken[-1].inputs(self.device)
             teacher = self._teach(inputs)
             for run in runs:
                 run.learn(teacher, inputs, number)
@@ -243,7 +223,7 @@ class Distillation:
         bad = torch.zeros((), dtype=torch.bool, device=self.device)
         for batch in batches:
             with torch.no_grad():
-                outputs = self._teach(self._inputs(batch))
+                outputs = self._teach(batch.inputs(self.device))
             for x in (x for qkv in outputs.values() for x in qkv):
                 # What padding gives is nobody's fault.
                 bad |= ~(x if batch.attention_mask is None else x[batch.attention_mask.to(x.device)]).isfinite().all()
@@ -258,11 +238,6 @@ class Distillation:
         """The teacher's queries, keys and values by layer."""
         with self.timer.phase("teacher"), torch.no_grad():
             return dict(zip(self.teacher_layers, self.teacher(**inputs), strict=True))
-
-    def _inputs(self, batch: Batch) -> dict[str, Tensor | None]:
-        """A micro-batch on the device, as teacher and students take it."""
-        tensors = {name: getattr(batch, name) for name in _MODEL_INPUTS}
-        return {name: t if t is None else t.to(self.device, non_blocking=True) for name, t in tensors.items()}
 
     def _log_step(self, interval: "_Interval") -> None:
         seconds, steps = interval.seconds_a_step(self.step), interval.steps(self.step)
