@@ -36,12 +36,14 @@ def make_teacher(folder: Path, texts: list[str], *, model_type: str = "bert", se
     return folder
 
 
-def make_corpus(folder: Path, tokenizer: Path, texts: Path, documents: int = 200) -> Path:
+def make_corpus(
+    folder: Path, tokenizer: Path, texts: Path, documents: int = 200, validation_fraction: float = 0.1
+) -> Path:
     """A corpus of the first documents of a JSONL file, a tenth of them held out."""
     request = PrepareRequest(
         tokenizer=str(tokenizer),
         sources=(Source.parse(f"jsonl,language=en:{texts}"),),
-        validation_fraction=0.1,
+        validation_fraction=validation_fraction,
         limit_documents=documents,
     )
     prepare(request, folder, workers=0, show_progress=False)

@@ -4,6 +4,7 @@ from data_prep.errors import UserError
 from pipeline.engine.deepspeed_config import read_ds_config
 from pipeline.recipes import load_recipe
 from pipeline.training.preflight import check, check_against_teacher
+from tests import toy
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,22 @@ def test_what_the_teacher_makes_impossible_is_refused(override, message):
     check_against_teacher(load_recipe("demo"), **sizes)
     with pytest.raises(UserError, match=message):
         check_against_teacher(load_recipe("demo", [override]), **sizes)
+
+
+def test_labelled_texts_must_be_usable_and_have_held_out_samples_beside_them(toy_overrides, samples, tmp_path):
+    def refused(message, *overrides):
+        with pytest.raises(UserError, match=message):
+            check([load_recipe("demo", [*toy_overrides, *overrides])], read_ds_config("cpu"), world_size=1)
+
+    refused("logging.probe: there is no probe file .*none", f"logging.probe={tmp_path / 'none'}")
+    bad, good = tmp_path / "bad.jsonl", tmp_path / "good.jsonl"
+    bad.write_text('{"text": "a", "label": 1}\n{"text": "b"}\n')
+    refused("logging.probe: .*bad.jsonl, line 2", f"logging.probe={bad}")
+    good.write_text('{"text": "a", "label": 1}\n{"text": "b", "topic": 2}\n' * 2)
+    check([load_recipe("demo", [*toy_overrides, f"logging.probe={good}"])], read_ds_config("cpu"), world_size=1)
+    teacher = next(o for o in toy_overrides if o.startswith("teacher.model=")).partition("=")[2]
+    corpus = toy.make_corpus(tmp_path / "corpus", teacher, samples.leads(), documents=50, validation_fraction=0.0)
+    refused("has no validation split", f"logging.probe={good}", f"data.corpus={corpus}")
 
 
 def test_folders_on_nvme_must_exist(tmp_path):

@@ -9,7 +9,7 @@ from pipeline.engine import records
 from pipeline.engine.checkpoint import read_weights
 from pipeline.results import compare
 from pipeline.training import run_folder
-from pipeline.training.metrics import read_metrics
+from pipeline.training.metrics import SCORES, read_metrics
 from tests import toy
 from tests.jobs import RUNNABLE, settings, train
 from tests.read import losses_of
@@ -29,7 +29,9 @@ def toy_run(samples, tmp_path_factory):
     folder = tmp_path_factory.mktemp("side")
     overrides = [o for o in toy.make(folder, samples.leads()) if not o.startswith(("optimizer.steps", "checkpoint."))]
     more = [f"optimizer.steps={STEPS}", "checkpoint.every_steps=2", "logging.validate_every_steps=2"]
-    return folder, [*overrides, *more]
+    (folder / "probe.jsonl").write_text("\n".join(samples.leads().read_text(encoding="utf-8").splitlines()[::100]))
+    scored = ["logging.validation_samples=32", f"logging.probe={folder / 'probe.jsonl'}"]
+    return folder, [*overrides, *more, *scored]
 
 
 def run_all(folder, overrides, names, *, ranks):
@@ -53,15 +55,16 @@ def run_all(folder, overrides, names, *, ranks):
 
 
 def assert_all_the_same(folder, name, ranks):
-    """Weights, losses and held-out losses of each student, bit for bit."""
+    """Weights, losses, held-out losses and scores of each student, bit for bit."""
     for student in STUDENTS:
         together, resumed, alone = (folder / f"{name}-{ranks}" / run / student for run in RUNS)
         for run in (together, resumed):
             ours, theirs = (read_weights(one / "checkpoints" / f"step-{STEPS:08d}") for one in (run, alone))
             assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
             assert losses_of(run) == losses_of(alone) and len(losses_of(run)) == STEPS
-            held_out = [[(r["step"], r["per_pair"]) for r in read_metrics(one, "validation")] for one in (run, alone)]
+            held_out = [read_metrics(one, "validation") for one in (run, alone)]
             assert held_out[0] == held_out[1] and len(held_out[0]) == 3
+            assert all(SCORES.keys() <= record.keys() for record in held_out[0])
         aside = list((folder / f"{name}-{ranks}" / "resumed" / student / "aside").glob("*/step-00000004"))
         assert len(aside) == 1  # nothing is lost
 
