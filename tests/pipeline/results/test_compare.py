@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from data_prep.errors import UserError
-from pipeline.results import compare, curves
+from pipeline.results import compare, curves, report
 from pipeline.training.metrics import read_metrics
 
 
@@ -56,6 +56,24 @@ def test_scores_that_evaluate_has_left_are_shown_and_others_are_not(pair):
     assert compare.read(pair)[0].scores == {"probe": 0.61, "sst2 accuracy": 0.9123}
     (export / "scores.json").write_text("[1")
     assert compare.read(pair)[0].scores == {}
+
+
+def test_scores_of_training_are_shown_where_there_are_any(pair):
+    metrics = pair[0] / "metrics.jsonl"
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert read_metrics(pair[0], "validation") and "training" not in shown(compare.read(pair))
+    for number, record in enumerate(r for r in records if r["kind"] == "validation"):
+        record |= dict(neighbours_in_common=0.25 + number / 8, probe_accuracy=0.5)
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    outcomes = compare.read(pair)
+    assert outcomes[0].scores == {"neighbours in common, training": 0.375, "probe, training": 0.5}
+    assert outcomes[1].scores == {} and "0.375" in shown(outcomes)
+    picture = ElementTree.fromstring(curves.picture(outcomes))
+    lines = picture.findall("{http://www.w3.org/2000/svg}polyline")
+    assert len([line for line in lines if line.get("points")]) == 4 + 4  # two panels of losses, and two of each score
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console.print(report.table(pair[0]))
+    assert "37.5% at step 6" in console.export_text()
 
 
 def test_the_picture_holds_a_curve_of_each_run_against_tokens_and_time(pair):
