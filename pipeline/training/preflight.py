@@ -87,7 +87,8 @@ def facts(recipes: Sequence[Recipe], ds_config: dict[str, Any], corpus: Corpus) 
     of_recipes = {}
     for number, recipe in enumerate(recipes, start=1):
         which = "recipe" if len(recipes) == 1 else f"recipe {number}"
-        of_recipes |= {f"{which} {name}": json.dumps(value) for name, value in flat(recipe.learned())}
+        shared = recipe.learned() | {"logging": recipe.to_dict()["logging"]}  # also what is measured, by all together
+        of_recipes |= {f"{which} {name}": json.dumps(value) for name, value in flat(shared)}
         of_recipes[f"{which} run.output"] = recipe.run.output
     told = {
         **of_recipes,

@@ -49,9 +49,9 @@ class Validation:
     ) -> None:
         self._corpus, self._options, self._samples = corpus, data_options(recipe), recipe.logging.validation_samples
         self._teach, self._say, self._device = teach, say, process_group.device()
-        self._part = dict(
-            micro_batch_samples=micro_batch_samples, rank=dist.get_rank(), world_size=dist.get_world_size()
-        )
+        rank = dist.get_rank()
+        self._is_main = rank == 0
+        self._part = dict(micro_batch_samples=micro_batch_samples, rank=rank, world_size=dist.get_world_size())
         self._probe: tuple[ProbeTask, Tensor, Tensor] | None = None
         if recipe.logging.probe:
             self._probe = ranks.decided_by_rank_0(lambda: _read_probe(recipe))
@@ -65,45 +65,45 @@ class Validation:
             return
         for run in runs:
             run.engine.eval()
-        measured = zip(runs, self._held_out(runs), self._probed(runs), strict=True)
-        for run, (sums, neighbours), probed in list(measured):
+        for run, (sums, scores), probed in zip(runs, self._held_out(runs), self._probed(runs), strict=True):
             run.engine.train()
-            run.log_validation(sums, neighbours | probed)
+            run.log_validation(sums, scores | probed)
 
     def _held_out(self, runs: Sequence[StudentRun]) -> list[tuple[Tensor, dict[str, float]]]:
-        """Of each run the loss's sums over all ranks, see `StudentRun.validation_sums`, and its score."""
+        """Of each run the loss's sums over all ranks, see `StudentRun.validation_sums`, and on rank 0 its score."""
         count = min(self._samples, MOST_NEIGHBOURS)
         sums = [torch.zeros(len(run.names) + 1, dtype=torch.float64, device=self._device) for run in runs]
-        ours = [ranks.SharedRows(count) for _ in runs]
-        theirs = {run.recipe.teacher.layer: ranks.SharedRows(count) for run in runs}
+        student_rows = [ranks.SharedRows(count) for _ in runs]
+        teacher_rows = {run.recipe.teacher.layer: ranks.SharedRows(count) for run in runs}
         for batch in validation_batches(self._corpus, self._options, samples=self._samples, **self._part):
             inputs = batch.inputs(self._device)
             teacher = self._teach(inputs)
-            for layer, rows in theirs.items():
+            for layer, rows in teacher_rows.items():
                 rows.put(batch.samples, qkv_vectors(teacher[layer], inputs["attention_mask"]))
-            for run, own, rows in zip(runs, sums, ours, strict=True):
+            for run, own, rows in zip(runs, sums, student_rows, strict=True):
                 student = run.forward(inputs)
                 own += run.validation_sums(teacher, student, inputs)
                 rows.put(batch.samples, run.vectors(student, inputs))
-        vectors = {layer: rows.together() for layer, rows in theirs.items()}
+        of_teacher = {layer: rows.together() for layer, rows in teacher_rows.items()}
         found = []
-        for run, own, rows in zip(runs, sums, ours, strict=True):
+        for run, own, rows in zip(runs, sums, student_rows, strict=True):
             dist.all_reduce(own)
-            there = slice(int(own[-1]))
-            found.append((own, _neighbours(vectors[run.recipe.teacher.layer][there], rows.together()[there])))
+            samples, theirs, ours = int(own[-1]), of_teacher[run.recipe.teacher.layer], rows.together()
+            found.append((own, neighbours(theirs[:samples], ours[:samples]) if self._is_main else {}))
         return found
 
     def _probed(self, runs: Sequence[StudentRun]) -> list[dict[str, float]]:
-        """Of each run its score on the labelled texts."""
+        """Of each run, on rank 0, its score on the labelled texts."""
         if self._probe is None:
             return [{}] * len(runs)
         task, ids, real = self._probe
         found = [ranks.SharedRows(len(ids)) for _ in runs]
-        for batch in _batches(ids, real, **self._part):
+        for batch in batches_of(ids, real, **self._part):
             inputs = batch.inputs(self._device)
             for run, rows in zip(runs, found, strict=True):
                 rows.put(batch.samples, run.vectors(run.forward(inputs), inputs))
-        return [_accuracy(rows.together(), task) for rows in found]
+        vectors = [rows.together() for rows in found]
+        return [accuracy(one, task) if self._is_main else {} for one in vectors]
 
 
 def _read_probe(recipe: Recipe) -> tuple[ProbeTask, Tensor, Tensor]:
@@ -113,7 +113,7 @@ def _read_probe(recipe: Recipe) -> tuple[ProbeTask, Tensor, Tensor]:
     return task, *rows_of([*task.train_texts, *task.test_texts], tokenizer, recipe.data.seq_tokens)
 
 
-def _batches(ids: Tensor, real: Tensor, *, micro_batch_samples: int, rank: int, world_size: int) -> Iterator[Batch]:
+def batches_of(ids: Tensor, real: Tensor, *, micro_batch_samples: int, rank: int, world_size: int) -> Iterator[Batch]:
     """This rank's part of the rows, in as many whole micro-batches as on every rank; numbers past the last fill up."""
     every = micro_batch_samples * world_size
     for first in range(rank * micro_batch_samples, -(-len(ids) // every) * every, every):
@@ -124,16 +124,16 @@ def _batches(ids: Tensor, real: Tensor, *, micro_batch_samples: int, rank: int, 
         )
 
 
-def _neighbours(teacher: Tensor, student: Tensor) -> dict[str, float]:
-    """The share of neighbours in common, on rank 0; nothing where it cannot be told. Of vectors [samples, width]."""
-    if dist.get_rank() or len(teacher) < FEWEST_TEXTS or not (teacher.isfinite().all() and student.isfinite().all()):
+def neighbours(teacher: Tensor, student: Tensor) -> dict[str, float]:
+    """The share of neighbours in common, of vectors [samples, width]; nothing where it cannot be told."""
+    if len(teacher) < FEWEST_TEXTS or not (teacher.isfinite().all() and student.isfinite().all()):
         return {}
     return {"neighbours_in_common": neighbours_in_common(teacher, student)}
 
 
-def _accuracy(vectors: Tensor, task: ProbeTask) -> dict[str, float]:
-    """The linear probe's, on rank 0; nothing where it cannot be told. Of vectors [texts, width], training first."""
-    if dist.get_rank() or not vectors.isfinite().all():
+def accuracy(vectors: Tensor, task: ProbeTask) -> dict[str, float]:
+    """The linear probe's, of vectors [texts, width], training texts first; nothing where it cannot be told."""
+    if not vectors.isfinite().all():
         return {}
     train, test = vectors.cpu().split([len(task.train_labels), len(task.test_labels)])
     with torch.enable_grad():

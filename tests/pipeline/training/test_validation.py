@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from pipeline.engine.checkpoint import read_weights
+from pipeline.tasks.probe import ProbeTask
 from pipeline.training.metrics import read_metrics
-from pipeline.training.validation import _batches
+from pipeline.training.validation import accuracy, batches_of, neighbours
 from tests import toy
 from tests.jobs import settings, train
 from tests.read import losses_of
@@ -69,7 +70,7 @@ def test_labelled_texts_that_are_missing_end_all_ranks_with_one_message(distill,
 def test_every_rank_makes_as_many_passes_and_every_text_has_its_turn(texts, world_size):
     ids = torch.arange(2 * texts).view(texts, 2)
     parts = [
-        list(_batches(ids, ids >= 0, micro_batch_samples=2, rank=rank, world_size=world_size))
+        list(batches_of(ids, ids >= 0, micro_batch_samples=2, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     assert len({len(part) for part in parts}) == 1 and parts[0]
@@ -82,3 +83,16 @@ def test_every_rank_makes_as_many_passes_and_every_text_has_its_turn(texts, worl
     }
     assert len(rows) == 2 * len(batches)  # no number twice
     assert [rows[number] for number in range(texts)] == ids.tolist()
+
+
+def test_what_cannot_be_told_is_left_out():
+    vectors = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    spoilt = vectors.clone()
+    spoilt[3, 2] = float("nan")
+    assert neighbours(vectors, 2 * vectors) == {"neighbours_in_common": 1.0}
+    assert neighbours(vectors[:31], vectors[:31]) == neighbours(spoilt, vectors) == neighbours(vectors, spoilt) == {}
+    labels = (vectors[:, 0] > 0).int().tolist()
+    task = ProbeTask(
+        train_texts=[], train_labels=labels[:16], test_texts=[], test_labels=labels[16:], labels=["no", "yes"]
+    )
+    assert accuracy(vectors, task)["probe_accuracy"] > 0.7 and accuracy(spoilt, task) == {}
