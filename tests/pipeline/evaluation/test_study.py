@@ -9,68 +9,9 @@ import pytest
 
 from data_prep.errors import UserError
 from pipeline.evaluation import command, design, report, results, study, units
-from pipeline.evaluation.contestants import Contestant, measure
-from pipeline.tasks.table import find_task, find_tasks, with_epochs
-from tests import toy
-
-TRAINABLE = dict(initializer_range=0.02, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-COLOURS = ("red", "blue", "green", "white", "black", "grey")
-
-
-def rows_of(kind, count, seed):
-    """Examples that a toy can learn: the target is a matter of which words there are."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for _ in range(count):
-        colour, other = (COLOURS[i] for i in rng.choice(len(COLOURS), 2, replace=False))
-        first = f"the house {rng.integers(1000)} is {colour}"
-        label = int(colour in COLOURS[:3])
-        rows.append(
-            {
-                "text": {"text": first, "label": ("dark", "bright")[label]},
-                "pair": {"sentence1": first, "sentence2": f"and {other}", "label": label},
-                "regression": {"sentence1": first, "sentence2": other, "label": label + rng.random()},
-                "tokens": {"tokens": first.split(), "tags": ["O", "B-THING", "O", "O", "B-COLOUR"]},
-                "span": {
-                    "question": "which colour?",
-                    "context": f"{first} today",
-                    "answers": {"text": [colour] * label, "answer_start": [first.index(colour)] * label},
-                },
-                "retrieval": {"query": first, "document": f"{first} too"},
-            }[kind]
-        )
-    return rows
-
-
-KINDS = ("text", "pair", "regression", "tokens", "span", "retrieval")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for kind in KINDS:
-        (folder / kind[:4]).mkdir()
-        for split, count in (("train", 96), ("test", 40)):
-            lines = "\n".join(map(json.dumps, rows_of(kind, count, len(split))))
-            (folder / kind[:4] / f"{split}.jsonl").write_text(lines)
-    shutil.copytree(folder / "text", folder / "lang")
-    for language in ("fr", "es"):
-        shutil.copy(folder / "lang" / "test.jsonl", folder / "lang" / f"test.{language}.jsonl")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def models(samples, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    texts = [*toy.first_texts(samples.leads(), 50), *[f"the house is {c}" for c in COLOURS for _ in range(20)]]
-    made = {f"m{seed}": str(toy.make_teacher(folder / f"m{seed}", texts, seed=seed, **TRAINABLE)) for seed in (1, 2)}
-    return measure(made)
-
-
-def plan_of(models, data, out, names, epochs=1, **options):
-    tasks = [with_epochs(task, epochs) for task in find_tasks(names)]
-    options = design.Options(data=data, **{"learning_rates": (3e-3,), "seeds": 1, **options})
-    return design.plan(models, tasks, options, out)
+from pipeline.evaluation.contestants import Contestant
+from pipeline.tasks.table import find_task
+from tests.labelled import KINDS, plan_of
 
 
 @pytest.mark.slow
