@@ -46,7 +46,8 @@ def _panel(title: str, values: Sequence[float], scores: Sequence[float], names: 
         f'<rect x="{left}" y="{_TOP}" width="{_WIDTH}" height="{_HEIGHT}" fill="none" stroke="#9ca3af"/>',
         f'<text x="{left + _WIDTH / 2}" y="{_TOP + _HEIGHT + 45}" text-anchor="middle">{html.escape(title)}</text>',
     ]
-    for tick in range(bottom, top + 1, max(1, (top - bottom) // 5)):
+    step = next(step for step in (1, 2, 5, 10, 20) if (top - bottom) / step <= 6)
+    for tick in range(-(-bottom // step) * step, top + 1, step):
         parts.append(
             f'<line x1="{left}" y1="{y(tick):.1f}" x2="{left + _WIDTH}" y2="{y(tick):.1f}" stroke="#e5e7eb"/>'
             f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick}</text>'
