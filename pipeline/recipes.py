@@ -173,7 +173,10 @@ def _expand(value: Any) -> Any:
         if name == "MINILM_HOME":
             return str(samples.home())
         if name not in os.environ:
-            raise UserError(f"the recipe uses ${{{name}}}, which is not set in the environment")
+            raise UserError(
+                f"the recipe uses ${{{name}}}, which is not set in the environment (on machines that deepspeed logs in "
+                "to, ~/.deepspeed_env sets it)"
+            )
         return os.environ[name]
 
     return re.sub(r"\$\{(\w+)\}", replace, value)

@@ -6,6 +6,7 @@ with the same words, within minutes.
 """
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,11 +14,17 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from data_prep import samples
 from data_prep.errors import UserError
 
 _FINE = "fine"
 _SHOWN = 5
+_UNSET = "not set"
 _MISTAKE_SECONDS = 10  # for others to come and hear of a mistake
+
+
+def _home() -> str:
+    return os.environ.get("MINILM_HOME", _UNSET)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +35,13 @@ class Report:
         host: name of its machine.
         mistake: a mistake of the user's that it has found; "" for none.
         facts: name -> value of what must be equal on all ranks that report it.
+        home: its MINILM_HOME, in which it looks for what the recipe names.
     """
 
     host: str
     mistake: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
+    home: str = field(default_factory=_home)
 
 
 def meet(store: dist.Store, report: Report, *, rank: int, world_size: int, seconds: float) -> float:
@@ -72,6 +81,25 @@ def verdict(reports: Sequence[Report | None], seconds: float = 0) -> str:
         reports: None for a rank that did not come.
         seconds: how long those were waited for.
     """
+    problem = _problem(reports, seconds)
+    return problem and problem + _on_homes(problem, reports)
+
+
+def _on_homes(problem: str, reports: Sequence[Report | None]) -> str:
+    """What may be behind a problem of several machines: they look in different folders, or in one that nobody named."""
+    there = [(f"rank {rank} on {report.host}", report) for rank, report in enumerate(reports) if report]
+    homes = {report.home: who for who, report in reversed(there)}
+    by_default = homes.keys() == {_UNSET} and str(samples.home()) in problem
+    if len({report.host for _, report in there}) < 2 or not (len(homes) > 1 or by_default):
+        return ""
+    found = ", ".join(f"{home} ({who})" for home, who in homes.items()) if len(homes) > 1 else f"{_UNSET} there"
+    return (
+        f"\nMINILM_HOME is {found}: `bash launch/distill.sh` hands it on to all machines, `deepspeed` does where it "
+        "stands in ~/.deepspeed_env (MINILM_HOME=FOLDER)."
+    )
+
+
+def _problem(reports: Sequence[Report | None], seconds: float) -> str:
     there = [(rank, report) for rank, report in enumerate(reports) if report is not None]
     if mistakes := [(rank, report) for rank, report in there if report.mistake]:
         rank, report = mistakes[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from data_prep import samples
 from data_prep.errors import UserError
 from pipeline.engine import process_group
 from pipeline.engine.meeting import Report, meet, verdict
@@ -39,6 +40,21 @@ def test_what_is_missing_and_what_went_wrong_is_named():
     assert "3 of 6 ranks did not come within 60 s: rank 2-3, 5" in verdict(some, 60)
     assert verdict([*reports({}, r0="no corpus"), None], 60) == "no corpus (rank 0 on node0, 1 ranks in all)"
     assert verdict(reports({}, {}, r0="no corpus", r1="no corpus"), 60) == "no corpus"
+
+
+def test_where_ranks_look_in_other_folders_or_in_the_default_one_a_mistake_is_said_with_it(monkeypatch):
+    monkeypatch.delenv("MINILM_HOME", raising=False)
+    alike, other = Report(host="node1", home="/shared"), Report(host="node2", mistake="no corpus")
+    words = verdict([alike, other])
+    assert words.startswith("no corpus (rank 1 on node2") and "~/.deepspeed_env" in words
+    assert "/shared (rank 0 on node1)" in words and "not set (rank 1 on node2)" in words
+    assert verdict([alike, Report(host="node2", home="/local")]) == ""
+    mistakes = ["no corpus", f"no corpus {samples.home()}/demo"]
+    assert [
+        "MINILM_HOME is not set there" in verdict([Report(host=host, mistake=mistake) for host in hosts])
+        for hosts in ("ab", "aa")
+        for mistake in mistakes
+    ] == [False, True, False, False]
 
 
 def meeting(port, told, *, seconds=20, missing=0):
