@@ -10,6 +10,7 @@ from pathlib import Path
 from data_prep.errors import UserError
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?$")
+_WHEREVER = "--force_multi"  # DeepSpeed would start the ranks of a single machine here, whichever that is
 _LOGIN = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 _LOGIN_SECONDS = 30
 # DeepSpeed's launchers: the program of each, and by what its version is known
@@ -39,12 +40,14 @@ def check_cluster(launcher: list[str]) -> tuple[list[str], list[str]]:
         return launcher, []
     name = options.get("--launcher", "pdsh").lower()
     check_launcher(name, options, slots)
+    if name == "slurm":
+        check_allocation(hosts)
     if name != "pdsh":
-        return _without_logins(name, launcher, options, hosts), []
+        return _without_logins(name, launcher, options, slots), []
     if "--include" not in options and "--exclude" not in options:
         port = ["-p", options["--ssh_port"]] if "--ssh_port" in options else []
         check_logins(hosts[: int(options.get("--num_nodes", len(hosts)))], port)
-    return launcher, hosts
+    return [*launcher, _WHEREVER], hosts
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -102,16 +105,20 @@ def check_launcher(name: str, options: Mapping[str, str], slots: Mapping[str, in
     program, words = _LAUNCHERS[name]
     if shutil.which(program) is None:
         raise UserError(f"--launcher {name} needs {program} on this machine, and there is none in PATH")
-    if not words:
+    if name == "pdsh":
         return
-    said = subprocess.run([program, "--version"], capture_output=True, text=True)
-    if not any(word in said.stdout + said.stderr for word in words):
-        first = next(iter((said.stdout + said.stderr).split("\n")), "")
+    if words and not any(word in (said := _version_of(program)) for word in words):
+        first = said.split("\n")[0]
         raise UserError(f"--launcher {name} needs the mpirun of {words[0]}, but the one in PATH is {first!r}")
     if narrowing := [key for key in ("--include", "--exclude", "--num_nodes", "--num_gpus") if key in options]:
         raise UserError(
             f"--launcher {name} takes no {narrowing[0]}: give a hostfile of the machines and slots that the job shall "
             "have, or use --launcher pdsh"
+        )
+    if name == "slurm" and {"--master_addr", "--master_port"} & set(options):
+        raise UserError(
+            "--launcher slurm takes neither --master_addr nor --master_port: srun says where rank 0 is, and its job's "
+            "number makes the port. MASTER_ADDR and MASTER_PORT in the environment say otherwise."
         )
     if name != "openmpi" and len(set(slots.values())) > 1:
         raise UserError(
@@ -120,15 +127,46 @@ def check_launcher(name: str, options: Mapping[str, str], slots: Mapping[str, in
         )
 
 
-def _without_logins(name: str, launcher: list[str], options: Mapping[str, str], hosts: list[str]) -> list[str]:
-    """DeepSpeed would log in to the first machine to ask for its address; srun and mpirun need no such thing."""
-    address, port = options.get("--master_addr", hosts[0]), options.get("--master_port", "29500")
+def _version_of(program: str) -> str:
+    said = subprocess.run([program, "--version"], capture_output=True, text=True)
+    return said.stdout + said.stderr
+
+
+def check_allocation(hosts: Sequence[str]) -> None:
+    """Refuse machines that Slurm does not have, or not in the allocation in which this runs.
+
+    Raises:
+        UserError: with those that it has; or Slurm does not answer.
+    """
+    allocated = os.environ.get("SLURM_JOB_NODELIST")
+    question = ["scontrol", "show", "hostnames", allocated] if allocated else ["sinfo", "-h", "--Node", "-o", "%N"]
+    said = subprocess.run(question, capture_output=True, text=True)
+    if said.returncode:
+        raise UserError(f"--launcher slurm needs Slurm, which says: {said.stderr.strip()}")
+    known = said.stdout.split()
+    if strangers := [host for host in hosts if host not in known]:
+        where = "this allocation of Slurm" if allocated else "Slurm"
+        raise UserError(
+            f"the hostfile names {', '.join(strangers[:5])}, but {where} has {', '.join(sorted(set(known))[:5])}: "
+            "write its nodes there, or use srun bash launch/distill.sh, which needs no hostfile"
+        )
+
+
+def _without_logins(name: str, launcher: list[str], options: Mapping[str, str], slots: Mapping[str, int]) -> list[str]:
+    """DeepSpeed would log in to the first machine to ask for its address; srun and mpirun need no such thing.
+
+    It would let srun choose the nodes, too.
+    """
+    address, port = options.get("--master_addr", next(iter(slots))), options.get("--master_port", "29500")
     kept = [word for word in launcher if not word.startswith(("--master_addr=", "--launcher_args="))]
     words = options.get("--launcher_args", "")
     if name == "openmpi":  # which DeepSpeed does not tell it
         words += f" -x MASTER_ADDR={address} -x MASTER_PORT={port}"
+    if name == "slurm":
+        tasks = next(iter(slots.values()))
+        words = f"--nodelist={','.join(slots)} --nodes={len(slots)} --ntasks-per-node={tasks} {words}"
     more = [f"--launcher_args={words.strip()}"] if words else []
-    return [*kept, "--no_ssh_check", f"--master_addr={address}", *more]
+    return [*kept, "--no_ssh_check", _WHEREVER, f"--master_addr={address}", *more]
 
 
 def check_environment_files() -> None:

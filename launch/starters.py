@@ -4,7 +4,7 @@ RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which the rest of the
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from data_prep.errors import UserError
 
@@ -70,6 +70,23 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
             name = next((environment[key] for key in job if environment.get(key)), "")
             return {**found, "MASTER_ADDR": address, "MASTER_PORT": environment.get("MASTER_PORT") or _port(name)}
     return {}
+
+
+def check_alone(launcher: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Refuse to start a job from each task of srun or mpirun, unless each starts the ranks of its own machine.
+
+    Args:
+        launcher: options of `deepspeed`.
+        environment: of this process.
+
+    Raises:
+        UserError: this is one of several, and would start all ranks.
+    """
+    if launcher and "--no_ssh" not in launcher and (rank := rank_variables(environment)):
+        raise UserError(
+            f"this is task {rank['RANK']} of {rank['WORLD_SIZE']} of srun or mpirun, and each would start a job "
+            f"of its own: without {launcher[0]} they are the ranks of one job; with it, start one task alone"
+        )
 
 
 def _tasks_on(described: str, node: int) -> int:

@@ -8,6 +8,7 @@ crashed again; the job resumes from its newest whole checkpoint.
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -25,7 +26,7 @@ import psutil
 
 from data_prep.errors import UserError
 from launch.cluster import check_cluster
-from launch.starters import rank_variables, variables_to_carry
+from launch.starters import check_alone, rank_variables, variables_to_carry
 from launch.status import RUNNING, STARTING, STATUS, statuses_in
 
 SCRIPT = Path(__file__).resolve().parent / "distill.sh"
@@ -59,6 +60,7 @@ def launch(arguments: list[str]) -> int:
     """
     launcher, ranks, restarts = split_arguments(arguments)
     try:
+        check_alone(launcher, os.environ)
         launcher, hosts = check_cluster(launcher)
     except UserError as error:
         _refuse(str(error))
@@ -120,9 +122,11 @@ class _Job:
 
     def __init__(self, launcher: list[str], ranks: list[str], hosts: list[str]) -> None:
         self._name = uuid.uuid4().hex
-        self._command = [_deepspeed(), *launcher, str(SCRIPT), f"--job={self._name}", *ranks]
+        words = map(for_a_shell, ranks) if hosts else ranks
+        self._command = [_deepspeed(), *launcher, str(SCRIPT), f"--job={self._name}", *words]
         self._several_machines = any(word.startswith("--hostfile=") for word in launcher)
         self._hosts = hosts
+        self._by_srun = "--launcher=slurm" in map(str.lower, launcher)
         self._launcher: subprocess.Popen | None = None
         self._status: Path | None = None
         self._errands: list[subprocess.Popen] = []  # that bring the signal to other machines
@@ -166,7 +170,7 @@ class _Job:
             try:
                 return self._launcher.wait(REPEAT_SECONDS)
             except subprocess.TimeoutExpired:
-                if self.signalled and self._hosts:
+                if self.signalled and (self._hosts or self._by_srun):
                     self._forward()  # a rank may have begun after the signal went round
                 if self._has_waited_long_enough():
                     print("the launcher does not end, perhaps for a machine that is lost: leaving it", file=sys.stderr)
@@ -185,7 +189,7 @@ class _Job:
         return statuses_in(self._status) if self._status else {}
 
     def _note(self, number: int, frame) -> None:
-        self._signal = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
+        self._signal = signal.SIGUSR1 if number == signal.SIGUSR1 or self._by_srun else signal.SIGTERM
         self._signalled_at = self._signalled_at or time.monotonic()
         self._forward()
 
@@ -203,6 +207,10 @@ class _Job:
             environment = {**os.environ, "PDSH_RCMD_TYPE": "ssh"}
             quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             self._errands.append(subprocess.Popen(words, env=environment, **quiet))
+        elif self._by_srun:  # it hands SIGUSR1 to all its tasks; told to terminate, it would have them killed
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(self._launcher.pid).children():
+                    child.send_signal(signal.SIGUSR1)
         elif not ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._launcher.pid, signal.SIGTERM)
@@ -227,6 +235,11 @@ class _Job:
                 action(rank)
             if not psutil.wait_procs(ranks, timeout=GRACE_SECONDS)[1]:
                 return
+
+
+def for_a_shell(word: str) -> str:
+    """As DeepSpeed hands it to the shell of another machine: words with spaces between double quotes, others bare."""
+    return re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
 
 
 def _kill_tree(process: int) -> None:

@@ -65,12 +65,15 @@ def hostfile(tmp_path):
     return f"--hostfile={tmp_path / 'hosts'}"
 
 
-def test_what_needs_no_login_is_not_tried(programs, hostfile):
-    programs(srun="slurm 22", mpirun="mpirun (Open MPI) 4.1.4")
+def test_what_needs_no_login_is_not_tried(programs, hostfile, monkeypatch):
+    programs(srun="slurm 22", mpirun="mpirun (Open MPI) 4.1.4", sinfo="nowhere1\nnowhere2")
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     assert check_cluster(["--num_gpus=2"]) == (["--num_gpus=2"], [])
     assert check_cluster([hostfile, "--no_ssh", "--node_rank=1"])[1] == []
-    launcher, hosts = check_cluster([hostfile, "--launcher=slurm"])
-    assert hosts == [] and {"--no_ssh_check", "--master_addr=nowhere1"} <= set(launcher)
+    launcher, hosts = check_cluster([hostfile, "--launcher=slurm", "--launcher_args=--gpus-per-node=8"])
+    assert hosts == [] and {"--no_ssh_check", "--force_multi", "--master_addr=nowhere1"} <= set(launcher)
+    nodes = "--nodelist=nowhere1,nowhere2 --nodes=2 --ntasks-per-node=1"
+    assert f"--launcher_args={nodes} --gpus-per-node=8" in launcher
     launcher, _ = check_cluster([hostfile, "--launcher=openmpi", "--master_port=7", "--launcher_args=--bind-to none"])
     assert "--launcher_args=--bind-to none -x MASTER_ADDR=nowhere1 -x MASTER_PORT=7" in launcher
 
@@ -84,17 +87,22 @@ def test_what_needs_no_login_is_not_tried(programs, hostfile):
         (["--launcher=pdsh"], "needs pdsh on this machine"),
         (["--launcher=mpich"], r"needs the mpirun of MPICH, but the one in PATH is 'mpirun \(Open MPI\) 4.1.4'"),
         (["--launcher=openmpi", "--num_gpus=2"], "openmpi takes no --num_gpus: give a hostfile"),
+        (["--launcher=slurm", "--num_nodes=1"], "slurm takes no --num_nodes: give a hostfile"),
+        (["--launcher=slurm", "--master_port=7"], "MASTER_PORT in the environment"),
+        (["--launcher=slurm"], "the hostfile names nowhere2, but Slurm has n1, nowhere1"),
     ],
 )
-def test_what_a_launcher_cannot_do_is_refused_with_what_can(options, words, programs, hostfile):
-    programs(mpirun="mpirun (Open MPI) 4.1.4")
+def test_what_a_launcher_cannot_do_is_refused_with_what_can(options, words, programs, hostfile, monkeypatch):
+    programs(mpirun="mpirun (Open MPI) 4.1.4", srun="slurm 22", sinfo="nowhere1\nn1")
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     with pytest.raises(UserError, match=words):
         check_cluster([hostfile, *options])
 
 
-@pytest.mark.parametrize("launcher", ["mpich", "impi"])
-def test_machines_of_unequal_slots(launcher, programs, hostfile, tmp_path):
-    programs(mpirun="HYDRA build details:")
+@pytest.mark.parametrize("launcher", ["mpich", "impi", "slurm"])
+def test_machines_of_unequal_slots(launcher, programs, hostfile, tmp_path, monkeypatch):
+    programs(mpirun="HYDRA build details:", srun="slurm 22", sinfo="nowhere1\nnowhere2")
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     check_cluster([hostfile, f"--launcher={launcher}"])
     (tmp_path / "hosts").write_text("a slots=1\nb slots=2\n")
     with pytest.raises(UserError, match=r"as many slots on each machine, .* \[1, 2\]"):

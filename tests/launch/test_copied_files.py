@@ -2,6 +2,7 @@
 
 import fnmatch
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,8 @@ def test_it_tells_exit_codes_apart_as_they_are_meant(resources):
     assert {0, *codes["FailJob"], EXIT_REQUEUE} == set(FINAL_CODES)
     assert (LOST, REQUEUE) == (EXIT_LOST, EXIT_REQUEUE)
     batch = (ROOT / "launch" / "slurm.sbatch").read_text()
-    assert {int(code) for code in re.findall(r"\$code -eq (\d+)", batch)} == {EXIT_LOST, EXIT_REQUEUE}
+    (again,) = re.findall(r"^([\d |]+)\)", batch, re.MULTILINE)
+    assert set(map(int, again.split("|"))) == {EXIT_LOST, EXIT_REQUEUE, 128 + signal.SIGUSR1}
 
 
 def test_what_it_starts_is_a_shipped_recipe(resources):

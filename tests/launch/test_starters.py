@@ -3,7 +3,7 @@
 import pytest
 
 from data_prep.errors import UserError
-from launch.starters import rank_variables
+from launch.starters import check_alone, rank_variables
 
 OMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1"}
@@ -21,6 +21,14 @@ SLURM |= {"SLURM_JOB_ID": "77", "SLURM_NODEID": "1"}
 )
 def test_what_is_alone_or_has_its_rank_is_left_alone(environment):
     assert rank_variables(environment) == {}
+
+
+def test_one_of_several_tasks_starts_no_job_of_its_own():
+    with pytest.raises(UserError, match="task 9 of 16 of srun .* without --num_gpus=2 they are the ranks of one job"):
+        check_alone(["--num_gpus=2"], {**SLURM, "SLURM_STEP_NODELIST": "a,b"})
+    check_alone(["--hostfile=h", "--no_ssh", "--node_rank=1"], {**SLURM, "SLURM_STEP_NODELIST": "a,b"})
+    check_alone([], {**SLURM, "SLURM_STEP_NODELIST": "a,b"})
+    check_alone(["--num_gpus=2"], {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "77"})
 
 
 def test_mpirun_on_one_machine():
