@@ -5,6 +5,7 @@ pulled. Only root may make them.
 """
 
 import contextlib
+import itertools
 import os
 import shlex
 import shutil
@@ -17,6 +18,7 @@ import psutil
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 ROOT = Path(__file__).resolve().parents[2]
+_NUMBERS = itertools.count()  # of the switches of this process
 _BOOT = """
 set -e
 mount --make-rprivate /
@@ -55,7 +57,7 @@ class Nodes:
 
     def __init__(self, folder: Path, count: int = 2, shared: tuple[Path, ...] = ()) -> None:
         self.names = [f"node{number + 1}" for number in range(count)]
-        self._folder, self._tag = folder, f"ml{os.getpid() % 100_000}"
+        self._folder, self._tag = folder, f"ml{os.getpid()}-{next(_NUMBERS)}"
         self._daemons: dict[str, subprocess.Popen] = {}
         self._make_settings()
         _ip("netns", "add", self._switch)
