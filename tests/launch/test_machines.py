@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from pipeline.training.metrics import read_metrics
+from tests.conftest import free_port
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "distill.sh"
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -45,8 +46,8 @@ def machines(tmp_path, port):
 
 
 def start(folder, environment, *arguments, before=()):
-    command = [*before, "bash", SCRIPT, "--hostfile", folder / "hosts", "--master_addr=127.0.0.1", "--recipe", "demo"]
-    command += [*arguments, f"run.output={folder / 'run'}"]
+    command = [*before, "bash", SCRIPT, "--hostfile", folder / "hosts", "--master_addr=127.0.0.1"]
+    command += [f"--master_port={free_port()}", "--recipe", "demo", *arguments, f"run.output={folder / 'run'}"]
     log = (folder / "log.txt").open("a")
     return subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
 
