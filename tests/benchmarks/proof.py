@@ -1,0 +1,168 @@
+"""What makes a student good: studies of a real teacher, each one run with students side by side, scored on real labels.
+
+    python tests/benchmarks/proof.py pairs [heads layers init base-layers tokens ...] [--steps 1000] [--limit 2000]
+    python tests/benchmarks/proof.py pairs --override student.shape=6x384 --override relations.heads=24
+
+For each study: a corpus of the samples with the teacher's tokenizer; `bash launch/distill.sh --vary ...`; every student
+exported; then `minilm evaluate` on film reviews and on topics of Wikipedia's leads, frozen (a linear probe, on all
+texts) and fine-tuned (3 seeds, the first `--limit` training texts), beside the teacher and the students before their
+first step. Killed anywhere, the same command goes on. The tables are printed, and kept in $MINILM_HOME/proof/STUDY.
+
+The texts of the topics are part of the corpus (their labels are not); the reviews are not.
+"""
+
+import argparse
+import os
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import labelled
+import teachers
+from rich.console import Console
+from rich.table import Table
+
+from data_prep import durable, samples
+from data_prep.prepare import PrepareRequest, prepare
+from data_prep.readers.sources import Source
+from pipeline.evaluation import contestants, design, labelfree, report, results, study
+from pipeline.results.export import export
+from pipeline.tasks import probe
+from pipeline.tasks.table import find_tasks
+from pipeline.training.run_folder import FinishedRun, short_names
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "distill.sh"
+SMALL, BASE = "all-MiniLM-L6-v2", teachers.NAME
+# With the words' vectors of the teacher: on so little text what a word means cannot be learned (see docs/results.md).
+BEGINNING = ["student.init=embeddings", "checkpoint.every_steps=1000", "logging.every_steps=50"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A study: what is varied, and what all students share.
+
+    Attributes:
+        vary: a recipe's key and its values, see `minilm distill --vary`.
+        teacher: its name, or "" if the key decides.
+        each_untrained: whether every student has first weights of its own.
+    """
+
+    vary: str
+    teacher: str = SMALL
+    overrides: list[str] = field(default_factory=list)
+    each_untrained: bool = False
+
+
+QUESTIONS = {
+    "pairs": Question(
+        vary="relations.pairs={qq=1.0,kk=1.0,vv=1.0},{qk=1.0,vv=1.0},{qq=1.0},{kk=1.0},{vv=1.0}",
+    ),
+    "heads": Question(vary="relations.heads=12,24,48"),
+    "layers": Question(vary="teacher.layer=3,4,5,6"),
+    "init": Question(vary="student.init=random,embeddings,slice", each_untrained=True),
+    "base-layers": Question(
+        vary="teacher.layer=6,7,8,9,10,11,12", teacher=BASE, overrides=["student.shape=4x192", "relations.heads=48"]
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("questions", nargs="+", choices=QUESTIONS)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--limit", type=int, default=2000, help="training texts of a fine-tuning")
+    parser.add_argument("--seeds", type=int, default=3, help="of a fine-tuning")
+    parser.add_argument("--lr", type=float, default=5e-4, help="of a fine-tuning: small students want a large one")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--texts", type=int, default=8000, help="of the linear probe")
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="of all recipes")
+    parser.add_argument("--out", type=Path, default=samples.home() / "proof")
+    options = parser.parse_args()
+    for name in options.questions:
+        answer(name, QUESTIONS[name], options)
+
+
+def answer(name: str, question: Question, options: argparse.Namespace) -> None:
+    out = options.out / name
+    models = contestants_of(question, distill(question, out, options), out)
+    console = Console(record=True, width=160)
+    for task in labelled.TASKS:
+        console.print(frozen(task, models, options.texts))
+    if question.teacher == BASE:  # whose fine-tuning would take hours here
+        models = {name: folder for name, folder in models.items() if name != contestants.TEACHER}
+    planned = design.plan(
+        contestants.measure(models),
+        find_tasks(",".join(f"{task}:text" for task in labelled.TASKS)),
+        design.Options(data=labelled.folder(), learning_rates=(options.lr,), seeds=options.seeds, limit=options.limit),
+        out / "evaluation",
+    )
+    found = results.collect(planned, study.run(planned, say=print), next(iter(models)), None)
+    report.write(found, out / "evaluation", options.steps)
+    console.print(report.markdown(found))
+    durable.write(out / "answer.txt", console.export_text())
+
+
+def distill(question: Question, out: Path, options: argparse.Namespace) -> list[Path]:
+    """The runs' folders, trained."""
+    teacher = teachers.mpnet_base() if question.teacher == BASE else samples.fetch() / samples.TEACHER
+    layers = {SMALL: 6, BASE: 12}[question.teacher]
+    words = [f"teacher.model={teacher}", f"teacher.layer={layers}", f"data.corpus={corpus(teacher)}"]
+    words += [*BEGINNING, f"optimizer.steps={options.steps}", f"optimizer.warmup_steps={options.steps // 10}"]
+    words += [*question.overrides, *options.override, f"run.output={out / 'runs'}"]
+    if question.vary.startswith("student.init"):
+        words.remove(BEGINNING[0])
+    command = ["bash", SCRIPT, "--num_gpus", options.ranks, "--recipe", "demo", "--vary", question.vary, *words]
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.ranks)), **os.environ}
+    subprocess.run(list(map(str, command)), check=True, env=environment)
+    runs = sorted((path.parent for path in (out / "runs").glob("*/run.json")), key=lambda path: path.stat().st_ctime)
+    return sorted(runs, key=lambda run: _place(run, question.vary))
+
+
+def _place(run: Path, vary: str) -> int:
+    """Where a run's value stands among those that were asked for."""
+    return vary.replace(" ", "").find(run.name.split("=", 1)[1].replace(" ", ""))
+
+
+def corpus(teacher: Path) -> Path:
+    """The samples' English Wikipedia with a teacher's tokenizer."""
+    folder, there = samples.home() / "proof" / f"corpus-{teacher.name}", samples.fetch()
+    if not (folder / "manifest.json").is_file():
+        texts = [
+            f"wikipedia:{there / samples.ENWIKI}",
+            f"jsonl,language=en:{there / samples.LEADS.format(language='en')}",
+        ]
+        sources = tuple(map(Source.parse, texts))
+        prepare(PrepareRequest(tokenizer=str(teacher), sources=sources, validation_fraction=0.02), folder)
+    return folder
+
+
+def contestants_of(question: Question, runs: list[Path], out: Path) -> dict[str, str]:
+    """Folders of the models by name: students by their value, the teacher, and students before their first step."""
+    students, untrained, teacher = {}, {}, {}
+    for name, folder in zip(short_names(runs), runs, strict=True):
+        run, value = FinishedRun.open(folder), name.split("=", 1)[-1]
+        found = contestants.of_run(run, export(run), out)
+        students[value] = found[contestants.STUDENT]
+        teacher = {contestants.TEACHER: found[contestants.TEACHER]}
+        if question.each_untrained or not untrained:
+            label = f"untrained, {value}" if question.each_untrained else contestants.UNTRAINED
+            untrained[label] = found[contestants.UNTRAINED]
+    return students | teacher | untrained
+
+
+def frozen(task: str, models: dict[str, str], texts: int) -> Table:
+    """A linear probe, and the nearest neighbours that the teacher finds too, on a task's texts."""
+    first = {contestants.TEACHER: models[contestants.TEACHER]}  # with which neighbours are compared
+    train = probe.read_probe(labelled.folder() / task / "train.jsonl", texts=texts, seed=1)
+    scores = labelfree.of_models(first | models, probe=train)
+    table = Table(
+        "model", "probe", "10 nearest", "adjacent halves", title=f"{task}, frozen ({scores.probe_texts} texts)"
+    )
+    for name in models:
+        values = (scores.probe_accuracy[name], scores.neighbours[name], scores.adjacent[name])
+        table.add_row(name, *(f"{100 * value:.1f}" for value in values))
+    return table
+
+
+if __name__ == "__main__":
+    main()
