@@ -30,17 +30,17 @@ def test_python_accepts_it():
 @pytest.mark.parametrize(
     "command",
     [
-        ["deepspeed", "{script}", "--recipe", "no such recipe"],
-        ["bash", "{script}", "--num_gpus", "2", "--recipe", "no such recipe"],
+        ["deepspeed", "--master_port={port}", "{script}", "--recipe", "no such recipe"],
+        ["bash", "{script}", "--num_gpus", "2", "--master_port={port}", "--recipe", "no such recipe"],
         ["torchrun", "--standalone", "--nproc-per-node=2", "{script}", "--recipe", "no such recipe"],
     ],
     ids=["deepspeed", "bash", "torchrun"],
 )
-def test_every_way_of_starting_reaches_python_with_its_arguments(command, tmp_path):
+def test_every_way_of_starting_reaches_python_with_its_arguments(command, port, tmp_path):
     """From a foreign folder and through a symbolic link with a space in its name; the spaces of arguments survive."""
     link = tmp_path / "a link.sh"
     link.symlink_to(SCRIPT)
-    process = start([word.format(script=link) for word in command], cwd=tmp_path)
+    process = start([word.format(script=link, port=port) for word in command], cwd=tmp_path)
     assert "there is no recipe 'no such recipe'" in process.stderr
     assert process.stderr.count("distill: error") == 1
     if command[0] != "torchrun":  # torchrun turns every failure into 1
