@@ -105,28 +105,28 @@ def _measured_by(recipe: Recipe) -> str:
 
 
 def table(outcomes: Sequence[Outcome]):
-    """One row a run: what differs, held-out losses, scores, size and speed; as a rich group."""
+    """What differs, held-out losses, scores, size and speed; as a rich group.
+
+    A row a run, or where there are fewer runs than values, a column a run.
+    """
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     differing, letters = differences(outcomes), groups(outcomes)
-    losses = list(dict.fromkeys(pair for outcome in outcomes for pair in outcome.held_out))
-    measures = list(dict.fromkeys(measure for outcome in outcomes for measure in outcome.scores))
-    result = Table("run", *differing, "step")
-    for heading in (*(f"held-out {pair}" for pair in losses), *measures, "parameters", "tokens/s"):
-        result.add_column(heading, justify="right")
-    for number, (outcome, letter) in enumerate(zip(outcomes, letters, strict=True)):
-        mark = f" {letter}" if len(set(letters)) > 1 else ""
-        result.add_row(
-            outcome.name,
-            *(values[number] for values in differing.values()),
-            f"{outcome.step:,} of {outcome.recipe.optimizer.steps:,}{', gave up' if outcome.has_ended else ''}",
-            *(f"{outcome.held_out[pair]:.4f}{mark}" if pair in outcome.held_out else "" for pair in losses),
-            *(f"{outcome.scores[measure]:.4g}" if measure in outcome.scores else "" for measure in measures),
-            f"{outcome.parameters:,}",
-            f"{outcome.tokens_per_second:,.0f}",
-        )
+    values = _values(outcomes, differing, letters)
+    if len(values) > len(outcomes):
+        result = Table("run")
+        for outcome in outcomes:
+            result.add_column(outcome.name, justify="right", overflow="fold")
+        for heading, row in values.items():
+            result.add_row(heading, *row)
+    else:
+        result = Table("run")
+        for heading in values:
+            result.add_column(heading, justify="left" if heading in differing else "right")
+        for outcome, *row in zip(outcomes, *values.values(), strict=True):
+            result.add_row(outcome.name, *row)
     notes = []
     if len(set(letters)) > 1:
         notes.append(
@@ -136,6 +136,27 @@ def table(outcomes: Sequence[Outcome]):
     if not differing and len(outcomes) > 1:
         notes.append("The recipes do not differ.")
     return Group(result, *map(Text, notes))
+
+
+def _values(
+    outcomes: Sequence[Outcome], differing: dict[str, list[str]], letters: Sequence[str]
+) -> dict[str, list[str]]:
+    """Heading -> what stands there for each run."""
+    mark = {letter: f" {letter}" if len(set(letters)) > 1 else "" for letter in letters}
+    values = dict(differing)
+    values["step"] = [
+        f"{o.step:,} of {o.recipe.optimizer.steps:,}{', gave up' if o.has_ended else ''}" for o in outcomes
+    ]
+    for pair in dict.fromkeys(pair for outcome in outcomes for pair in outcome.held_out):
+        values[f"held-out {pair}"] = [
+            f"{outcome.held_out[pair]:.4f}{mark[letter]}" if pair in outcome.held_out else ""
+            for outcome, letter in zip(outcomes, letters, strict=True)
+        ]
+    for measure in dict.fromkeys(measure for outcome in outcomes for measure in outcome.scores):
+        values[measure] = [f"{o.scores[measure]:.4g}" if measure in o.scores else "" for o in outcomes]
+    values["parameters"] = [f"{outcome.parameters:,}" for outcome in outcomes]
+    values["tokens/s"] = [f"{outcome.tokens_per_second:,.0f}" for outcome in outcomes]
+    return values
 
 
 def _course(
