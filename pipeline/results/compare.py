@@ -115,14 +115,13 @@ def table(outcomes: Sequence[Outcome]):
 
     differing, letters = differences(outcomes), groups(outcomes)
     values = _values(outcomes, differing, letters)
+    result = Table("run")
     if len(values) > len(outcomes):
-        result = Table("run")
         for outcome in outcomes:
             result.add_column(outcome.name, justify="right", overflow="fold")
         for heading, row in values.items():
             result.add_row(heading, *row)
     else:
-        result = Table("run")
         for heading in values:
             result.add_column(heading, justify="left" if heading in differing else "right")
         for outcome, *row in zip(outcomes, *values.values(), strict=True):

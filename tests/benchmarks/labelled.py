@@ -6,7 +6,6 @@ A fifth of the texts, chosen by their hash, is the test split; the order is that
 """
 
 import csv
-import hashlib
 import io
 import json
 import tempfile
@@ -48,12 +47,9 @@ def reviews() -> list[tuple[str, str]]:
 def write(target: Path, rows: Iterable[tuple[str, str]]) -> None:
     """Both splits of a task of kind `text`; a text that comes twice is taken once."""
     target.mkdir(parents=True, exist_ok=True)
-    labels = {hashlib.sha256(text.encode()).hexdigest(): (text, label) for text, label in rows}
     splits: dict[str, list[str]] = {"train": [], "test": []}
-    for digest in sorted(labels):
-        text, label = labels[digest]
-        split = "test" if int(digest[-8:], 16) % 5 == 0 else "train"
-        splits[split].append(json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n")
+    for digest, line in samples.labelled_by_hash(rows).items():
+        splits["test" if int(digest[-8:], 16) % 5 == 0 else "train"].append(line)
     for split, lines in splits.items():
         durable.write(target / f"{split}.jsonl", "".join(lines))
 

@@ -1,6 +1,6 @@
 """What makes a student good: studies of a real teacher, each one run with students side by side, scored on real labels.
 
-    python tests/benchmarks/proof.py pairs [heads layers init base-layers tokens ...] [--steps 1000] [--limit 2000]
+    python tests/benchmarks/proof.py pairs [heads layers init base-layers] [--steps 1000] [--limit 2000]
     python tests/benchmarks/proof.py pairs --override student.shape=6x384 --override relations.heads=24
 
 For each study: a corpus of the samples with the teacher's tokenizer; `bash launch/distill.sh --vary ...`; every student
@@ -25,16 +25,17 @@ from rich.table import Table
 from data_prep import durable, samples
 from data_prep.prepare import PrepareRequest, prepare
 from data_prep.readers.sources import Source
+from pipeline.encoders.models import teacher_config
 from pipeline.evaluation import contestants, design, labelfree, report, results, study
-from pipeline.results.export import export
+from pipeline.recipes import load_recipes
+from pipeline.results.export import exported
 from pipeline.tasks import probe
 from pipeline.tasks.table import find_tasks
 from pipeline.training.run_folder import FinishedRun, short_names
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "distill.sh"
 SMALL, BASE = "all-MiniLM-L6-v2", teachers.NAME
-# With the words' vectors of the teacher: on so little text what a word means cannot be learned (see docs/results.md).
-BEGINNING = ["student.init=embeddings", "checkpoint.every_steps=1000", "logging.every_steps=50"]
+SELDOM = ["checkpoint.every_steps=1000", "logging.every_steps=50"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Question:
 
     Attributes:
         vary: a recipe's key and its values, see `minilm distill --vary`.
-        teacher: its name, or "" if the key decides.
+        teacher: its name.
         each_untrained: whether every student has first weights of its own.
     """
 
@@ -105,22 +106,14 @@ def answer(name: str, question: Question, options: argparse.Namespace) -> None:
 def distill(question: Question, out: Path, options: argparse.Namespace) -> list[Path]:
     """The runs' folders, trained."""
     teacher = teachers.mpnet_base() if question.teacher == BASE else samples.fetch() / samples.TEACHER
-    layers = {SMALL: 6, BASE: 12}[question.teacher]
-    words = [f"teacher.model={teacher}", f"teacher.layer={layers}", f"data.corpus={corpus(teacher)}"]
-    words += [*BEGINNING, f"optimizer.steps={options.steps}", f"optimizer.warmup_steps={options.steps // 10}"]
+    last = teacher_config(str(teacher)).num_hidden_layers
+    words = [f"teacher.model={teacher}", f"teacher.layer={last}", f"data.corpus={corpus(teacher)}"]
+    words += [*SELDOM, f"optimizer.steps={options.steps}", f"optimizer.warmup_steps={options.steps // 10}"]
     words += [*question.overrides, *options.override, f"run.output={out / 'runs'}"]
-    if question.vary.startswith("student.init"):
-        words.remove(BEGINNING[0])
     command = ["bash", SCRIPT, "--num_gpus", options.ranks, "--recipe", "demo", "--vary", question.vary, *words]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.ranks)), **os.environ}
     subprocess.run(list(map(str, command)), check=True, env=environment)
-    runs = sorted((path.parent for path in (out / "runs").glob("*/run.json")), key=lambda path: path.stat().st_ctime)
-    return sorted(runs, key=lambda run: _place(run, question.vary))
-
-
-def _place(run: Path, vary: str) -> int:
-    """Where a run's value stands among those that were asked for."""
-    return vary.replace(" ", "").find(run.name.split("=", 1)[1].replace(" ", ""))
+    return [Path(recipe.run.output) for recipe in load_recipes(["demo"], words, [question.vary])]
 
 
 def corpus(teacher: Path) -> Path:
@@ -141,7 +134,7 @@ def contestants_of(question: Question, runs: list[Path], out: Path) -> dict[str,
     students, untrained, teacher = {}, {}, {}
     for name, folder in zip(short_names(runs), runs, strict=True):
         run, value = FinishedRun.open(folder), name.split("=", 1)[-1]
-        found = contestants.of_run(run, export(run), out)
+        found = contestants.of_run(run, exported(run), out)
         students[value] = found[contestants.STUDENT]
         teacher = {contestants.TEACHER: found[contestants.TEACHER]}
         if question.each_untrained or not untrained:
@@ -153,7 +146,7 @@ def contestants_of(question: Question, runs: list[Path], out: Path) -> dict[str,
 def frozen(task: str, models: dict[str, str], texts: int) -> Table:
     """A linear probe, and the nearest neighbours that the teacher finds too, on a task's texts."""
     first = {contestants.TEACHER: models[contestants.TEACHER]}  # with which neighbours are compared
-    train = probe.read_probe(labelled.folder() / task / "train.jsonl", texts=texts, seed=1)
+    train = probe.read_probe(labelled.folder() / task / "train.jsonl", texts=texts)
     scores = labelfree.of_models(first | models, probe=train)
     table = Table(
         "model", "probe", "10 nearest", "adjacent halves", title=f"{task}, frozen ({scores.probe_texts} texts)"
