@@ -46,7 +46,7 @@ class Distillation:
     def __init__(
         self, recipes: Sequence[Recipe], ds_config: dict[str, Any], corpus: Corpus, checkpoints: Sequence[Record | None]
     ) -> None:
-        self.recipe, self.corpus, self.options = recipes[0], corpus, data_options(recipes[0])
+        self.recipe = recipes[0]
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = process_group.device()
         self.stop = StopRequest()
@@ -73,7 +73,7 @@ class Distillation:
         self.terminal.say(f"teacher: {where.kind} ({where.reason})")
         self.loader = Loader(
             corpus,
-            self.options,
+            data_options(self.recipe),
             global_batch_samples=self.recipe.optimizer.global_batch_samples,
             micro_batch_samples=self.micro_batch_samples,
             rank=self.rank,
