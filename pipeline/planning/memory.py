@@ -1,15 +1,18 @@
 """Bytes that a rank needs, by part: what DeepSpeed's ZeRO holds for a student, a teacher beside it, and a micro-batch.
 
-T trained weights, F frozen ones of the student, N ranks, p = T / N; c bytes of a number that is computed with (2 or 4).
+T trained weights, F frozen ones of the student, N ranks, p = T / N; c bytes of a number that is computed with (2 or 4),
+a of one that gradients are added up in.
 The table is what DeepSpeed 0.19 allocates, read off its optimizers (docs/plan.md has it beside runs):
 
-    stage 0, fp32   weights c (T + F)    gradients 4 T              optimizer 8 T
-    stage 0, 16 bit weights c (T + F)    gradients c T              optimizer 12 T   (with the fp32 weights)
-    stage 1, bf16   weights c (T + F)    gradients 4 T + c T        optimizer 12 p
-    stage 1, fp32   weights c (T + F)    gradients 4 T              optimizer 12 p   buffer: 4 bucket
-    stage 2         weights c (T + F)    gradients 4 p              optimizer 12 p   buffers: c bucket, or two of them,
-                                                                                     while gradients are made
-    stage 3         weights c (T + F)/N  gradients 4 p              optimizer 12 p   and weights gathered to be used
+    stage 0, fp32   weights c (T + F)    gradients 4 T    optimizer 8 T
+    stage 0, 16 bit weights c (T + F)    gradients c T    optimizer 12 T (with the fp32 weights)
+    stage 1         weights c (T + F)    gradients a T    optimizer 12 p   buffer: a bucket
+    stage 1, bf16   weights c (T + F)    gradients 6 T    optimizer 12 p   (gradients added up in fp32, a = 4)
+    stage 2         weights c (T + F)    gradients 4 p    optimizer 12 p   buffers: c bucket, or two of them, and what
+                                                                           is joined to be sent, for the backward pass
+    stage 3         weights c (T + F)/N  gradients 4 p    optimizer 12 p   and weights gathered to be used
+
+Gradients of a step of one micro-batch come with its backward pass and go with its update.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ GIGA = 1 << 30
 # What a process on an accelerator holds besides tensors: the driver's context, the libraries' workspaces, NCCL's
 # channels. Not measured here.
 CONTEXT_BYTES = int(1.5 * GIGA)
-# The same on a CPU beyond an interpreter that has imported everything: measured, 10 to 55 MiB.
-CPU_CONTEXT_BYTES = 40 << 20
+# The same on a CPU beyond an interpreter that has imported everything: 88 to 91 MiB in runs of one, two and four ranks,
+# of which 28 are code of the libraries that only a step reads in.
+CPU_CONTEXT_BYTES = 90 << 20
 # Scores of a thread's blocks in the loss and in attention on a CPU (relations/blocks.py): two of 2 MiB, and as much for
 # their products.
 CPU_BLOCK_BYTES = 8 << 20
@@ -60,9 +64,16 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class _Student:
-    """What ZeRO holds for one student: in every phase, and in backward pass and update besides."""
+    """What ZeRO holds for one student: in every phase, and in some of them besides.
+
+    Attributes:
+        gathered: weights of other ranks, from the forward to the backward pass.
+        ahead: those that arrive while others are used, in the forward pass.
+    """
 
     weights: int
+    gathered: int
+    ahead: int
     gradients: int
     optimizer: int
     buffers: int
@@ -105,13 +116,18 @@ def rank_memory(
     moments = {"teacher": {"teacher": gathered, "activations": first.teacher + several * waiting}}
     for number, (part, trace) in enumerate(zip(parts, traces, strict=True), 1):
         of = f" {number}" if len(parts) > 1 else ""
-        moments[f"student{of}"] = {"activations": trace.student + waiting}
+        moments[f"student{of}"] = {
+            "weights": part.gathered + part.ahead,
+            "activations": trace.student + waiting,
+        }
         moments[f"loss{of}"] = {
+            "weights": part.gathered,
             "activations": trace.kept + waiting + trace.loss,
             "loss": trace.loss + scratch,
         }
         backward = trace.backward_with_gradients if part.gradients_are_fresh else trace.backward
         moments[f"backward{of}"] = {
+            "weights": part.gathered,
             "activations": backward - trace.loss + waiting,
             "loss": trace.loss,
             "buffers": part.backward,
@@ -141,51 +157,59 @@ def _student(models: Models, config: dict[str, Any], n: int, on_cpu: bool) -> _S
     zero = config.get("zero_optimization", {})
     several = config.get("gradient_accumulation_steps", 1) > 1
     offloads = offload(config, "optimizer")["device"] != "none"
+    a = 4 if config.get("data_types", {}).get("grad_accum_dtype") == "fp32" else c
     bucket = int(zero.get("reduce_bucket_size", _BUCKET))
     bucket = min(bucket, t) if on_cpu else bucket  # pages that are never written to are not there
     # torch's AdamW makes two numbers a weight of each tensor it updates; the fused one on a GPU makes none.
     adam = (lambda numbers: 8 * numbers) if on_cpu else (lambda numbers: 0)
     host: dict[str, int] = {}
-    gathered, backward, fresh = 0, 0, False
-    wire = 4 * bucket if c == 2 and config.get("communication_data_type", "fp32") == "fp32" else 0
+    gathered, ahead, backward, fresh = 0, 0, 0, False
+    filled = min(bucket, t)
+    joined = c * filled if n > 1 else 0  # the parts of a bucket that go to several ranks, joined to be sent
+    wire = 4 * filled if c == 2 and config.get("communication_data_type", "fp32") == "fp32" else 0
     if stage == 0 and c == 4:
         weights, optimizer = c * (t + f), 8 * t
         gradients, fresh = (4 * t if several else 0), not several
         update, buffers = max(4 * min(t, _BUCKET) if n > 1 else 0, adam(largest)) + (0 if several else 4 * t), 0
     elif stage == 0:
-        weights, optimizer, gradients, buffers = c * (t + f), 12 * t, c * t, 0
-        update = 4 * t + max(c * min(t, _BUCKET) if n > 1 else 0, adam(t))
-    elif stage == 1 and c == 2 and not offloads:
+        weights, optimizer, buffers = c * (t + f), 12 * t, 0
+        gradients, fresh = (c * t if several else 0), not several
+        # Each gradient in fp32, and all of them in one piece, before those in 16 bit go.
+        update = max(c * t + 8 * t, 4 * t + adam(t)) - gradients
+    elif stage == 1 and c < a == 4 and not offloads:  # DeepSpeed's BF16_Optimizer, which has no buckets
         weights, optimizer, gradients, buffers = c * (t + f), 12 * p, 4 * t + c * t, 0
         update = max(adam(p), 4 * largest)
     elif stage == 1:
-        weights, optimizer, buffers = c * (t + f), 12 * p, 0 if on_cpu else c * bucket
-        gradients, fresh = (4 * t if several else 0), not several
-        update = (0 if several else 4 * t) + 8 * p + adam(p)
+        weights, optimizer, buffers = c * (t + f), 12 * p, 0 if on_cpu else a * bucket
+        gradients = a * t if several or a != c else 0
+        fresh = not gradients
+        # A gradient goes when it has been copied into the bucket; the optimizer has those of its part, and a copy.
+        update = max(a * t + (a * filled if on_cpu and n > 1 else 0), 8 * p + adam(p)) - gradients
     elif stage == 2:
         weights, optimizer, buffers = c * (t + f), 12 * p, 0
-        gradients, fresh = (4 * p if several else 0), on_cpu and not several
+        gradients, fresh = (4 * p if several else 0), on_cpu
         overlaps = 2 if zero.get("overlap_comm", False) else 1
         # Buckets come with the first gradient and go with the last; on a CPU they fill while activations go.
-        backward = (0 if several else 4 * p) + (0 if on_cpu else c * bucket * overlaps + wire)
-        update = (0 if several else 4 * p) + 4 * p + adam(p)
+        backward = 0 if on_cpu else (0 if several else 4 * p) + c * bucket * overlaps + joined + wire
+        update = max(4 * t + joined if on_cpu else 0, 8 * p + adam(p) - gradients)
     else:
         live = min(t + f, int(zero.get("stage3_max_live_parameters", 1e9)))
-        ahead = min(t + f, int(zero.get("stage3_prefetch_bucket_size", _PREFETCH)) + largest)
-        gathered = c * (live + ahead) if n > 1 else 0
-        weights, optimizer, gradients = -(-c * (t + f) // n) + gathered, 12 * p, 4 * p
+        coming = min(t + f, int(zero.get("stage3_prefetch_bucket_size", _PREFETCH)) + largest)
+        away = offload(config, "param")["device"]
+        if n > 1 or away != "none":
+            gathered, ahead = c * live, c * coming
+        weights = 0 if away != "none" else -(-c * (t + f) // n)
+        if away == "cpu":
+            host["weights"] = c * (t + f) // n
+        optimizer, gradients = 12 * p, 4 * p
         buffers, update = c * bucket + wire, 4 * p + adam(p)
     words = _words(stage, c, t, f, n, dict(weights=weights, gradients=gradients, optimizer=optimizer, buffers=buffers))
     if offloads:
-        host = {"optimizer": optimizer + (c * p if stage < 3 else 0), "gradients": 4 * p}
+        host |= {"optimizer": optimizer + (c * p if stage < 3 else 0), "gradients": 4 * p}
         optimizer, gradients, update = 0, 0, c * largest
-    if stage == 3 and offload(config, "param")["device"] != "none":
-        if offload(config, "param")["device"] == "cpu":
-            host["weights"] = c * (t + f) // n
-        weights = gathered or c * (t + f)
     return _Student(
-        weights=weights, gradients=gradients, optimizer=optimizer, buffers=buffers, backward=backward,
-        update=update, host=host, gradients_are_fresh=fresh, words=words,
+        weights=weights, gathered=gathered, ahead=ahead, gradients=gradients, optimizer=optimizer, buffers=buffers,
+        backward=backward, update=update, host=host, gradients_are_fresh=fresh, words=words,
     )  # fmt: skip
 
 

@@ -1,19 +1,19 @@
-"""Takes real steps of real runs and says how much memory each rank needed at most; a forked process for each run.
+"""Takes two real steps of a run and says how much memory its ranks needed for the second.
 
-Started by torchrun with a folder that holds jobs.json, a list of {"config": ..., "overrides": [...]}. Rank 0 writes
-peaks.json: for each job the resident bytes at the highest point of its steps, above those of the process before it.
+Started by torchrun with a folder that holds job.json, {"config": ..., "overrides": [...]}. Rank 0 writes peak.json: the
+resident bytes at the highest point of the step, above those of the process before the run, with everything imported.
 """
 
 import gc
 import json
-import os
 import sys
 from pathlib import Path
 
-import deepspeed  # noqa: F401  (imported once, before the processes part)
+import deepspeed  # noqa: F401  (imported before the first look)
 import torch
 import transformers.models.bert.modeling_bert  # noqa: F401
 
+from data_prep import durable
 from pipeline.engine import process_group
 from pipeline.recipes import load_recipe
 from pipeline.training import preflight
@@ -21,37 +21,20 @@ from pipeline.training.trainer import Distillation
 
 
 def main(folder: Path) -> None:
-    jobs, peaks = json.loads((folder / "jobs.json").read_text()), []
-    first_port = int(os.environ["MASTER_PORT"])
-    for number, job in enumerate(jobs):
-        os.environ["MASTER_PORT"] = str(first_port + 1 + number)
-        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-        reader, writer = os.pipe()
-        if os.fork() == 0:
-            os.write(writer, json.dumps(peak_of(job, folder / f"run{number}")).encode())
-            os._exit(0)
-        os.close(writer)
-        with os.fdopen(reader) as answer:
-            peaks.append(json.loads(answer.read()))
-        os.wait()
-    if os.environ["RANK"] == "0":
-        (folder / "peaks.json").write_text(json.dumps(peaks))
-
-
-def peak_of(job: dict, output: Path) -> int:
     before = resident("VmRSS")
+    job = json.loads((folder / "job.json").read_text())
     torch.set_num_threads(1)
     process_group.init_distributed()
-    recipe = load_recipe("demo", [*job["overrides"], f"run.output={output}"])
-    ranks = torch.distributed.get_world_size()
-    corpus = preflight.check([recipe], job["config"], world_size=ranks)
+    recipe = load_recipe("demo", [*job["overrides"], f"run.output={folder / 'run'}"])
+    corpus = preflight.check([recipe], job["config"], world_size=torch.distributed.get_world_size())
     run = Distillation([recipe], job["config"], corpus, [None])
     batches = iter(run.loader)
     run._take_step(batches)  # makes the optimizer's state
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     run._take_step(batches)
-    return resident("VmHWM") - before
+    if torch.distributed.get_rank() == 0:
+        durable.write(folder / "peak.json", json.dumps(resident("VmHWM") - before))
 
 
 def resident(field: str) -> int:
