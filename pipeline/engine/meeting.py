@@ -44,6 +44,16 @@ class Report:
     home: str = field(default_factory=_home)
 
 
+def come(store: dist.Store, report: Report, *, rank: int) -> None:
+    """Say that this rank is there, before it writes anything else: a second job may have been sent to the same port.
+
+    Raises:
+        UserError: a rank of this number has come before.
+    """
+    if store.add(f"came/{rank}", 1) > 1:
+        raise UserError(_in_another_job(rank, report))
+
+
 def meet(store: dist.Store, report: Report, *, rank: int, world_size: int, seconds: float) -> float:
     """Wait for all ranks, and for rank 0's answer; how far this machine's clock is ahead of rank 0's, in seconds.
 
@@ -54,12 +64,13 @@ def meet(store: dist.Store, report: Report, *, rank: int, world_size: int, secon
         seconds: how long a rank may be late.
 
     Raises:
-        UserError: on all ranks that are there: one has made a mistake, differs, or is missing.
+        UserError: on all ranks that are there: one has made a mistake, differs, or is missing. On a rank of another
+            job, which has more ranks or fewer.
     """
     store.set(f"report/{rank}", json.dumps(asdict(report)))
     if rank == 0:
         reports = _collect(store, world_size, seconds)
-        store.set("answer", json.dumps([verdict(reports, seconds) or _FINE, time.time()]))
+        store.set("answer", json.dumps([verdict(reports, seconds) or _FINE, time.time(), world_size]))
     try:
         store.wait(["answer"], timedelta(seconds=2 * seconds))
     except (dist.DistStoreError, RuntimeError):
@@ -67,11 +78,21 @@ def meet(store: dist.Store, report: Report, *, rank: int, world_size: int, secon
             f"rank {rank} on {report.host} has come to the others, but rank 0 gave no answer: look at its machine"
         ) from None
     now = time.time()
-    answer, clock = json.loads(store.get("answer"))
+    answer, clock, answered_ranks = json.loads(store.get("answer"))
+    if answered_ranks != world_size:
+        raise UserError(_in_another_job(rank, report))
     _leave(store, rank, world_size)
     if answer != _FINE:
         raise UserError(answer)
     return now - clock
+
+
+def _in_another_job(rank: int, report: Report) -> str:
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return (
+        f"rank {rank} on {report.host} found another job's ranks at {address}: give each job on a machine a port of "
+        "its own, such as --master_port 29501 (MASTER_PORT in the environment for srun and mpirun)"
+    )
 
 
 def verdict(reports: Sequence[Report | None], seconds: float = 0) -> str:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from data_prep.errors import UserError
 from pipeline.engine import ranks
 from pipeline.engine.heartbeat import Heartbeat
-from pipeline.engine.meeting import Report, meet, verdict
+from pipeline.engine.meeting import Report, come, meet, verdict
 from pipeline.engine.operators import import_deepspeed
 
 RENDEZVOUS_SECONDS = 300  # how long a machine may be late; MINILM_RENDEZVOUS_SECONDS in the environment changes it
@@ -37,7 +37,7 @@ def init_distributed(
 
     Raises:
         UserError: another process listens on MASTER_PORT; rank 0 cannot be reached; a rank is missing, differs or has
-            found a mistake.
+            found a mistake; another job's ranks meet at MASTER_PORT.
     """
     deepspeed = import_deepspeed()
     for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
@@ -58,8 +58,10 @@ def init_distributed(
         seconds = float(os.environ.get("MINILM_RENDEZVOUS_SECONDS", RENDEZVOUS_SECONDS))
         store = _store(rank, world_size, seconds, keeps=rank == 0)
         if world_size > 1:
+            meeting = dist.PrefixStore("meeting", store)
+            come(meeting, report, rank=rank)
             heart = _make_heartbeat(report.host, rank, world_size, seconds, on_loss) if on_loss else None
-            ahead = meet(dist.PrefixStore("meeting", store), report, rank=rank, world_size=world_size, seconds=seconds)
+            ahead = meet(meeting, report, rank=rank, world_size=world_size, seconds=seconds)
             _warn_of_clock(ahead, report.host)
             if heart:
                 heart.start()

@@ -1,12 +1,14 @@
 """What makes a student good: studies of a real teacher, each one run with students side by side, scored on real labels.
 
-    python tests/benchmarks/proof.py pairs [heads layers init base-layers] [--steps 1000] [--limit 2000]
+    python tests/benchmarks/proof.py baselines [pairs heads layers init base-layers] [--steps 1000] [--limit 2000]
     python tests/benchmarks/proof.py pairs --override student.shape=6x384 --override relations.heads=24
 
 For each study: a corpus of the samples with the teacher's tokenizer; `bash launch/distill.sh --vary ...`; every student
 exported; then `minilm evaluate` on film reviews and on topics of Wikipedia's leads, frozen (a linear probe, on all
 texts) and fine-tuned (3 seeds, the first `--limit` training texts), beside the teacher and the students before their
-first step. Killed anywhere, the same command goes on. The tables are printed, and kept in $MINILM_HOME/proof/STUDY.
+first step; `baselines` also beside a model of the same shape that learned masked words from the same samples
+(masked_words.py). Killed anywhere, the same command goes on. The tables are printed, and kept in
+$MINILM_HOME/proof/STUDY.
 
 The texts of the topics are part of the corpus (their labels are not); the reviews are not.
 """
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import labelled
+import masked_words
 import teachers
 from rich.console import Console
 from rich.table import Table
@@ -46,15 +49,23 @@ class Question:
         vary: a recipe's key and its values, see `minilm distill --vary`.
         teacher: its name.
         each_untrained: whether every student has first weights of its own.
+        masked_words: whether a model of the same shape is trained without a teacher.
     """
 
     vary: str
     teacher: str = SMALL
     overrides: list[str] = field(default_factory=list)
     each_untrained: bool = False
+    masked_words: bool = False
 
 
 QUESTIONS = {
+    "baselines": Question(  # the teacher's width, so that `slice` begins as every other layer of the teacher
+        vary="student.init=random,slice",
+        overrides=["student.shape=3x384", "student.feed_forward=1536"],
+        each_untrained=True,
+        masked_words=True,
+    ),
     "pairs": Question(
         vary="relations.pairs={qq=1.0,kk=1.0,vv=1.0},{qk=1.0,vv=1.0},{qq=1.0},{kk=1.0},{vv=1.0}",
     ),
@@ -76,6 +87,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4, help="of a fine-tuning: small students want a large one")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--texts", type=int, default=8000, help="of the linear probe")
+    parser.add_argument("--tasks", nargs="+", default=labelled.TASKS, choices=labelled.TASKS)
+    parser.add_argument("--without-teacher", action="store_true", help="do not fine-tune it, which takes longest")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="of all recipes")
     parser.add_argument("--out", type=Path, default=samples.home() / "proof")
     options = parser.parse_args()
@@ -87,13 +100,13 @@ def answer(name: str, question: Question, options: argparse.Namespace) -> None:
     out = options.out / name
     models = contestants_of(question, distill(question, out, options), out)
     console = Console(record=True, width=160)
-    for task in labelled.TASKS:
+    for task in options.tasks:
         console.print(frozen(task, models, options.texts))
-    if question.teacher == BASE:  # whose fine-tuning would take hours here
+    if options.without_teacher or question.teacher == BASE:  # whose fine-tuning would take hours here
         models = {name: folder for name, folder in models.items() if name != contestants.TEACHER}
     planned = design.plan(
         contestants.measure(models),
-        find_tasks(",".join(f"{task}:text" for task in labelled.TASKS)),
+        find_tasks(",".join(f"{task}:text" for task in options.tasks)),
         design.Options(data=labelled.folder(), learning_rates=(options.lr,), seeds=options.seeds, limit=options.limit),
         out / "evaluation",
     )
@@ -140,6 +153,8 @@ def contestants_of(question: Question, runs: list[Path], out: Path) -> dict[str,
         if question.each_untrained or not untrained:
             label = f"untrained, {value}" if question.each_untrained else contestants.UNTRAINED
             untrained[label] = found[contestants.UNTRAINED]
+    if question.masked_words:
+        untrained["masked words"] = str(masked_words.train(FinishedRun.open(runs[0]).recipe, out / "masked_words"))
     return students | teacher | untrained
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 from data_prep import samples
 from data_prep.errors import UserError
 from pipeline.engine import process_group
-from pipeline.engine.meeting import Report, meet, verdict
+from pipeline.engine.meeting import Report, come, meet, verdict
 
 SCRIPT = Path(__file__).resolve().parents[3] / "launch" / "distill.sh"
 
@@ -80,7 +82,7 @@ def test_all_hear_the_same(port):
 
 def test_a_clock_that_is_wrong_is_said_once_a_machine(port, capsys, monkeypatch):
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    store.set("answer", json.dumps(["fine", time.time() - 300]))
+    store.set("answer", json.dumps(["fine", time.time() - 300, 2]))
     ahead = meet(store, Report(host="node1"), rank=1, world_size=2, seconds=5)
     assert 299 < ahead < 305
     for local_rank in "01":
@@ -101,10 +103,51 @@ def test_all_hear_of_a_mistake_a_difference_or_an_absence(port):
     assert time.monotonic() - began < 15
 
 
+def test_a_rank_of_another_job_on_the_same_port_is_told_at_once(port):
+    first = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    there = Report(host="node1")
+    come(first, there, rank=1)
+    second = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    with pytest.raises(UserError, match="rank 1 on node2 found another job's ranks at .* --master_port"):
+        come(second, Report(host="node2"), rank=1)
+    come(second, Report(host="node2"), rank=2)  # of three, where the first job has two
+    first.set("answer", json.dumps(["fine", time.time(), 2]))
+    with pytest.raises(UserError, match="rank 2 on node2 found another job's ranks"):
+        meet(second, Report(host="node2"), rank=2, world_size=3, seconds=5)
+    assert meet(first, there, rank=1, world_size=2, seconds=5) < 5
+
+
+def test_a_second_job_does_not_touch_the_first(port, tmp_path, toy_overrides):
+    """Its rank 0 ran on another machine, or found the port taken; its rank 1 comes to the first job's store."""
+    late = ["optimizer.steps=400"]
+    first = start_ranks(port, tmp_path / "first", toy_overrides, late, late)
+    log = tmp_path / "first" / "run" / "metrics.jsonl"
+    began = time.monotonic()
+    while not (log.exists() and '"train"' in log.read_text()):
+        assert time.monotonic() - began < 100 and all(process.poll() is None for process in first)
+        time.sleep(0.1)
+    (stray,) = start_ranks(port, tmp_path / "second", toy_overrides, late, first_rank=1)
+    began = time.monotonic()
+    assert "another job's ranks" in stray.communicate(timeout=100)[1] and stray.returncode == 2
+    assert time.monotonic() - began < 60
+    assert all(process.poll() is None for process in first)
+    for process in first:
+        process.send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=60) for process in first] == [75, 75]
+
+
 def ranks_of_two_machines(port, tmp_path, overrides, *differences, **environment):
     """Exit codes and standard errors of ranks that somebody started by hand; each has its own overrides."""
+    running = start_ranks(port, tmp_path, overrides, *differences, **environment)
+    ended = [(process.communicate(timeout=120)[1], process.returncode) for process in running]
+    assert all("Traceback" not in said for said, _ in ended), ended
+    return [code for _, code in ended], "".join(said for said, _ in ended)
+
+
+def start_ranks(port, tmp_path, overrides, *differences, first_rank=0, **environment):
     running = []
-    for rank, own in enumerate(differences):
+    tmp_path.mkdir(exist_ok=True)
+    for rank, own in enumerate(differences, first_rank):
         variables = dict(RANK=rank, WORLD_SIZE=2, LOCAL_RANK=0, LOCAL_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         variables = {name: str(value) for name, value in {**variables, **environment}.items()}
         command = [sys.executable, SCRIPT, "--recipe", "demo", *overrides, f"run.output={tmp_path / 'run'}", *own]
@@ -117,9 +160,7 @@ def ranks_of_two_machines(port, tmp_path, overrides, *differences, **environment
                 text=True,
             )
         )
-    ended = [(process.communicate(timeout=120)[1], process.returncode) for process in running]
-    assert all("Traceback" not in said for said, _ in ended), ended
-    return [code for _, code in ended], "".join(said for said, _ in ended)
+    return running
 
 
 def test_nodes_that_differ_do_not_train_together(port, tmp_path, toy_overrides):
