@@ -53,6 +53,7 @@ class Provenance:
         datasets: ids on the hub.
         sources: name -> tokens of each source that is sampled.
         notices: names of the teacher's own LICENSE and NOTICE files, which lie beside the record.
+        corpus_fingerprint: of its manifest.
     """
 
     __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid")
@@ -67,6 +68,7 @@ class Provenance:
     datasets: tuple[str, ...] = ()
     sources: dict[str, int]
     notices: tuple[str, ...] = ()
+    corpus_fingerprint: str = ""
 
 
 _SCHEMA = pydantic.TypeAdapter(Provenance)
@@ -119,6 +121,12 @@ def read(run: Path, recipe: Recipe) -> tuple[Provenance, dict[str, bytes]]:
         raise UserError(
             f"{error.filename} is missing, which {run / FOLDER / RECORD} names: copy the run again"
         ) from None
+
+
+def fingerprints(run: Path) -> tuple[str, str]:
+    """Of a run's teacher and corpus; empty where it has not taken them down."""
+    recorded = _read_record(run)
+    return (recorded.teacher_fingerprint, recorded.corpus_fingerprint) if recorded else ("", "")
 
 
 def _read_record(run: Path) -> Provenance | None:
@@ -205,7 +213,12 @@ def _of_corpus(recipe: Recipe, corpus: Corpus) -> dict:
             languages |= {_iso(shard.language)} if shard.language else set()
     asked = corpus.manifest.request.get("sources", ())
     hub = {source["path"] for source in asked if source.get("kind") == "hub" and not Path(source["path"]).exists()}
-    return dict(languages=tuple(sorted(languages)), datasets=tuple(sorted(hub)), sources=tokens)
+    return dict(
+        languages=tuple(sorted(languages)),
+        datasets=tuple(sorted(hub)),
+        sources=tokens,
+        corpus_fingerprint=corpus.fingerprint,
+    )
 
 
 def _iso(language: str) -> str:

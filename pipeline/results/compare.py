@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from pipeline import provenance
 from pipeline.config import Recipe, flat
 from pipeline.recipes import load_recipe
 from pipeline.shipping.folder import MARKER
@@ -31,6 +32,7 @@ class Outcome:
         training, validation: the losses of every record, oldest first.
         scored: of `metrics.SCORES`, measure -> every value that was measured while training.
         has_ended: it gave up while others beside it went on.
+        teacher, corpus: their fingerprints, whatever lies at their paths now; the paths in runs that know no better.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Outcome:
     validation: list[Point] = field(repr=False)
     scored: dict[str, list[Point]] = field(repr=False)
     has_ended: bool = False
+    teacher: str
+    corpus: str
 
 
 def read(folders: Sequence[Path]) -> list[Outcome]:
@@ -60,6 +64,7 @@ def read(folders: Sequence[Path]) -> list[Outcome]:
         recipe = load_recipe(str(folder / "recipe.toml"))
         training, validation, scored, records = _course(folder, recipe)
         last = records.get("train", {})
+        teacher, corpus = provenance.fingerprints(folder)
         found.append(
             Outcome(
                 name=name,
@@ -74,6 +79,8 @@ def read(folders: Sequence[Path]) -> list[Outcome]:
                 validation=validation,
                 scored=scored,
                 has_ended=read_ended(folder) is not None,
+                teacher=teacher or recipe.teacher.model,
+                corpus=corpus or recipe.data.corpus,
             )
         )
     return found
@@ -93,14 +100,14 @@ def groups(outcomes: Sequence[Outcome]) -> list[str]:
     That is where the same relations of the same teacher are learned, on samples of the same length of the same text.
     """
     kinds: dict[str, str] = {}
-    return [kinds.setdefault(_measured_by(outcome.recipe), chr(ord("A") + len(kinds))) for outcome in outcomes]
+    return [kinds.setdefault(_measured_by(outcome), chr(ord("A") + len(kinds))) for outcome in outcomes]
 
 
-def _measured_by(recipe: Recipe) -> str:
+def _measured_by(outcome: Outcome) -> str:
     """What the value of a run's loss depends on, beside the student."""
-    relations = recipe.relations
-    held_out = (recipe.data.corpus, recipe.data.seq_tokens, recipe.data.packing, recipe.data.attention)
-    what = (recipe.teacher.model, recipe.teacher.layer, relations.heads, sorted(relations.pairs), relations.layers)
+    recipe, relations = outcome.recipe, outcome.recipe.relations
+    held_out = (outcome.corpus, recipe.data.seq_tokens, recipe.data.packing, recipe.data.attention)
+    what = (outcome.teacher, recipe.teacher.layer, relations.heads, sorted(relations.pairs), relations.layers)
     return json.dumps([what, held_out, recipe.logging.validation_samples, recipe.run.seed], default=str)
 
 

@@ -24,7 +24,9 @@ def corpus():
     shards = (shard("cc100-zh-Hans", "zh-Hans"), shard("cc100-no", "no"), shard("cc100-no", "no"), shard("books", ""))
     shards += (shard("cc100-de", "de", "validation"),)
     sources = [dict(kind="hub", path="wikimedia/wikipedia"), dict(kind="jsonl", path="x.jsonl")]
-    return SimpleNamespace(manifest=SimpleNamespace(shards=shards, request={"sources": sources}))
+    return SimpleNamespace(
+        fingerprint="of a manifest", manifest=SimpleNamespace(shards=shards, request={"sources": sources})
+    )
 
 
 def of(teacher, corpus, run, fingerprint="one", **data):

@@ -45,6 +45,18 @@ def test_losses_of_another_scale_are_marked(pair):
     assert compare.groups(outcomes) == ["A", "B"] and "within a letter" in shown(outcomes)
 
 
+def test_a_corpus_that_was_made_anew_at_its_path_is_another_text(pair):
+    record = pair[1] / "provenance" / "provenance.json"
+    known = json.loads(record.read_text())
+    assert known["corpus_fingerprint"] and compare.groups(compare.read(pair)) == ["A", "A"]
+    record.write_text(json.dumps(known | dict(corpus_fingerprint="another")))
+    assert compare.groups(compare.read(pair)) == ["A", "B"]
+    recipe = pair[0] / "recipe.toml"
+    record.write_text(json.dumps(known))
+    recipe.write_text(re.sub(r"(?m)^corpus = .*", 'corpus = "moved"', recipe.read_text()))
+    assert compare.groups(compare.read(pair)) == ["A", "A"]
+
+
 def test_scores_that_evaluate_has_left_are_shown_and_others_are_not(pair):
     export = pair[0] / "export"
     shutil.rmtree(export, ignore_errors=True)
