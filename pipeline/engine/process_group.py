@@ -59,7 +59,8 @@ def init_distributed(
         store = _store(rank, world_size, seconds, keeps=rank == 0)
         if world_size > 1:
             meeting = dist.PrefixStore("meeting", store)
-            come(meeting, report, rank=rank)
+            if not _torchrun_keeps_store():  # whose agents may start a rank twice in what they call one attempt
+                come(meeting, report, rank=rank)
             heart = _make_heartbeat(report.host, rank, world_size, seconds, on_loss) if on_loss else None
             ahead = meet(meeting, report, rank=rank, world_size=world_size, seconds=seconds)
             _warn_of_clock(ahead, report.host)

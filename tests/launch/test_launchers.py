@@ -185,6 +185,7 @@ def path_with_mpirun(launcher, folder):
     if found is None:
         pytest.skip(f"needs the mpirun of {launcher}")
     (folder / "bin").mkdir()
-    (folder / "bin" / "mpirun").write_text(f'#!/bin/sh\nexec {found} "$@"\n')
+    # By its name: called by its whole path Open MPI puts its own folder, with a python3 in it, first in PATH.
+    (folder / "bin" / "mpirun").write_text(f'#!/bin/sh\nexec {Path(found).name} "$@"\n')
     (folder / "bin" / "mpirun").chmod(0o755)
     return str(folder / "bin")
