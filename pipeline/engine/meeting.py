@@ -5,9 +5,11 @@ all and answers; so a mistake on one machine, a machine that differs and one tha
 with the same words, within minutes.
 """
 
+import hashlib
 import json
 import os
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -42,6 +44,37 @@ class Report:
     mistake: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     home: str = field(default_factory=_home)
+
+
+def name_of_start(store: dist.Store, report: Report, *, rank: int, world_size: int, seconds: float) -> str:
+    """A name of this start of all ranks, on a store that outlives them.
+
+    torchrun starts all ranks again when one has ended, and what the old ones have left in its store must not be taken
+    for the new ones'; but its agents do not count the starts alike. So each rank shows a number of its own, rank 0 says
+    which it sees, and again when one changes, until all ranks have found theirs among them.
+
+    Raises:
+        UserError: a rank did not come.
+    """
+    mine, said = uuid.uuid4().hex, None
+    shown = [f"start/rank/{number}" for number in range(world_size)]
+    store.set(shown[rank], mine)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check(shown) and (seen := [store.get(key).decode() for key in shown]) != said:
+            said = seen
+            store.set("start/ranks", " ".join(seen))
+        numbers = store.get("start/ranks").decode() if store.check(["start/ranks"]) else ""
+        if mine in numbers.split():
+            name = hashlib.sha256(numbers.encode()).hexdigest()[:16]
+            store.set(f"start/{name}/{rank}", "")
+            if store.check([f"start/{name}/{number}" for number in range(world_size)]):
+                return name
+        time.sleep(0.02)
+    raise UserError(
+        f"rank {rank} on {report.host} has waited {seconds:.0f} s for all {world_size} ranks to start: look at the "
+        "other machines"
+    )
 
 
 def come(store: dist.Store, report: Report, *, rank: int) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from data_prep.errors import UserError
 from pipeline.engine import ranks
 from pipeline.engine.heartbeat import Heartbeat
-from pipeline.engine.meeting import Report, come, meet, verdict
+from pipeline.engine.meeting import Report, come, meet, name_of_start, verdict
 from pipeline.engine.operators import import_deepspeed
 
 RENDEZVOUS_SECONDS = 300  # how long a machine may be late; MINILM_RENDEZVOUS_SECONDS in the environment changes it
@@ -56,12 +56,17 @@ def init_distributed(
             raise UserError(problem)
     else:
         seconds = float(os.environ.get("MINILM_RENDEZVOUS_SECONDS", RENDEZVOUS_SECONDS))
-        store = _store(rank, world_size, seconds, keeps=rank == 0)
+        store, start = _store(rank, world_size, seconds, keeps=rank == 0), "only-start"
+        if _torchrun_keeps_store():
+            start = name_of_start(store, report, rank=rank, world_size=world_size, seconds=seconds)
+        store = dist.PrefixStore(start, store)
         if world_size > 1:
             meeting = dist.PrefixStore("meeting", store)
-            if not _torchrun_keeps_store():  # whose agents may start a rank twice in what they call one attempt
-                come(meeting, report, rank=rank)
-            heart = _make_heartbeat(report.host, rank, world_size, seconds, on_loss) if on_loss else None
+            come(meeting, report, rank=rank)
+            heart = None
+            if on_loss:
+                own = dist.PrefixStore(start, _store(rank, world_size, seconds, keeps=False))
+                heart = _make_heartbeat(own, report.host, rank, world_size, on_loss)
             ahead = meet(meeting, report, rank=rank, world_size=world_size, seconds=seconds)
             _warn_of_clock(ahead, report.host)
             if heart:
@@ -84,10 +89,10 @@ def _warn_of_clock(ahead: float, host: str) -> None:
 
 
 def _make_heartbeat(
-    host: str, rank: int, world_size: int, seconds: float, on_loss: Callable[[str, int], None]
+    store: dist.Store, host: str, rank: int, world_size: int, on_loss: Callable[[str, int], None]
 ) -> Heartbeat:
     global _heartbeat
-    store = dist.PrefixStore("heartbeat", _store(rank, world_size, seconds, keeps=False))
+    store = dist.PrefixStore("heartbeat", store)
     keeper = f"torchrun at {os.environ['MASTER_ADDR']}" if _torchrun_keeps_store() else None
     _heartbeat = Heartbeat(store, rank=rank, world_size=world_size, host=host, on_loss=on_loss, keeper=keeper)
     return _heartbeat
@@ -127,7 +132,7 @@ def _store(rank: int, world_size: int, seconds: float, *, keeps: bool) -> dist.S
             f"rank {rank} on {socket.gethostname()} could not reach rank 0 at {host}:{port} within {seconds:.0f} s: "
             "look whether that machine is up, runs this job, and lets others in at that port"
         ) from error
-    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store
 
 
 def ranks_on_this_machine() -> int:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from data_prep import samples
 from data_prep.errors import UserError
 from pipeline.engine import process_group
-from pipeline.engine.meeting import Report, come, meet, verdict
+from pipeline.engine.meeting import Report, come, meet, name_of_start, verdict
 
 SCRIPT = Path(__file__).resolve().parents[3] / "launch" / "distill.sh"
 
@@ -115,6 +115,24 @@ def test_a_rank_of_another_job_on_the_same_port_is_told_at_once(port):
     with pytest.raises(UserError, match="rank 2 on node2 found another job's ranks"):
         meet(second, Report(host="node2"), rank=2, world_size=3, seconds=5)
     assert meet(first, there, rank=1, world_size=2, seconds=5) < 5
+
+
+def test_starts_on_a_store_that_outlives_them_have_names_of_their_own(port):
+    """As torchrun's store does. Where a rank comes late, the others see what its old one has left."""
+    keeper = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+
+    def start(rank, late=0.0):
+        time.sleep(late)
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+        return name_of_start(store, Report(host="node"), rank=rank, world_size=3, seconds=20)
+
+    with ThreadPoolExecutor(3) as pool:
+        first = set(pool.map(start, range(3)))
+        second = set(pool.map(start, range(3), [0, 0, 0.5]))
+        third = set(pool.map(start, range(3), [0.5, 0, 0]))
+    assert len(first) == len(second) == len(third) == 1 and len(first | second | third) == 3
+    with pytest.raises(UserError, match="rank 1 on node has waited 1 s for all 3 ranks"):
+        name_of_start(keeper, Report(host="node"), rank=1, world_size=3, seconds=1)
 
 
 def test_a_second_job_does_not_touch_the_first(port, tmp_path, toy_overrides):
