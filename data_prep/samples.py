@@ -45,7 +45,7 @@ class Package:
     requirement: str
     sha256: str
     licence: str
-    files: tuple[File, ...]
+    files: tuple[File, ...] = ()
 
 
 def home() -> Path:

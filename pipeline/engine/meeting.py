@@ -23,6 +23,7 @@ _FINE = "fine"
 _SHOWN = 5
 _UNSET = "not set"
 _MISTAKE_SECONDS = 10  # for others to come and hear of a mistake
+OWN_PORT = "a port of its own, such as --master_port 29501 (MASTER_PORT in the environment for srun and mpirun)"
 
 
 def _home() -> str:
@@ -122,10 +123,7 @@ def meet(store: dist.Store, report: Report, *, rank: int, world_size: int, secon
 
 def _in_another_job(rank: int, report: Report) -> str:
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    return (
-        f"rank {rank} on {report.host} found another job's ranks at {address}: give each job on a machine a port of "
-        "its own, such as --master_port 29501 (MASTER_PORT in the environment for srun and mpirun)"
-    )
+    return f"rank {rank} on {report.host} found another job's ranks at {address}: give each job on a machine {OWN_PORT}"
 
 
 def verdict(reports: Sequence[Report | None], seconds: float = 0) -> str:

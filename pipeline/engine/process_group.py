@@ -13,7 +13,7 @@ import torch.distributed as dist
 from data_prep.errors import UserError
 from pipeline.engine import ranks
 from pipeline.engine.heartbeat import Heartbeat
-from pipeline.engine.meeting import Report, come, meet, name_of_start, verdict
+from pipeline.engine.meeting import OWN_PORT, Report, come, meet, name_of_start, verdict
 from pipeline.engine.operators import import_deepspeed
 
 RENDEZVOUS_SECONDS = 300  # how long a machine may be late; MINILM_RENDEZVOUS_SECONDS in the environment changes it
@@ -125,8 +125,7 @@ def _store(rank: int, world_size: int, seconds: float, *, keeps: bool) -> dist.S
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         if "EADDRINUSE" in str(error):
             raise UserError(
-                f"port {port} is taken, perhaps by another job on this machine: give this one a port of its own, such "
-                "as --master_port 29501 (MASTER_PORT in the environment for srun and mpirun)"
+                f"port {port} is taken, perhaps by another job on this machine: give this one {OWN_PORT}"
             ) from error
         raise UserError(
             f"rank {rank} on {socket.gethostname()} could not reach rank 0 at {host}:{port} within {seconds:.0f} s: "

