@@ -58,4 +58,6 @@ def distill_rank() -> None:
             words += f" [rank {os.environ.get('RANK')} on {socket.gethostname()}]"
         status.end(words, EXIT_USER_ERROR)
     status.write(code)
-    sys.exit(code)
+    from pipeline.engine import process_group
+
+    process_group.end_process(code)

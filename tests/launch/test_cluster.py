@@ -111,8 +111,9 @@ def test_machines_of_unequal_slots(launcher, programs, hostfile, tmp_path, monke
 
 def test_machines_that_let_nobody_in_are_named_with_the_reason(tmp_path):
     login = '#!/bin/sh\ncase "$*" in *good*) exit 0;; esac\necho "Permission denied" >&2\nexit 255\n'
-    (tmp_path / "ssh").write_text(login)
-    (tmp_path / "ssh").chmod(0o755)
+    for program in ("ssh", "pdsh"):
+        (tmp_path / program).write_text(login)
+        (tmp_path / program).chmod(0o755)
     (tmp_path / "hosts").write_text("good1 slots=1\nbad1 slots=1\nbad2 slots=1\n")
     environment = {**os.environ, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
 

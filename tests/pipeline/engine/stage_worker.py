@@ -38,6 +38,7 @@ def main(folder: Path, jobs: str) -> None:
     if dist.get_rank() == 0:
         (folder / f"codes-{jobs}").write_text(json.dumps(codes))
     process_group.leave_process_group()
+    process_group.end_process(0)
 
 
 if __name__ == "__main__":

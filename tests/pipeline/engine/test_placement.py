@@ -47,6 +47,7 @@ RANKS = textwrap.dedent(
     if rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
     process_group.leave_process_group()
+    process_group.end_process(0)
     """
 )
 KINDS, PRECISIONS = ("zero3", "zero3_cpu"), ("fp32", "bf16")

@@ -67,6 +67,7 @@ RANK = textwrap.dedent(
             if rank == 0:
                 print("RESULT " + json.dumps(found), flush=True)
     process_group.leave_process_group()
+    process_group.end_process(0)
     """
 )
 

@@ -35,6 +35,8 @@ def main(folder: Path) -> None:
     run._take_step(batches)
     if torch.distributed.get_rank() == 0:
         durable.write(folder / "peak.json", json.dumps(resident("VmHWM") - before))
+    process_group.leave_process_group()
+    process_group.end_process(0)
 
 
 def resident(field: str) -> int:

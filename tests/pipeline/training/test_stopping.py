@@ -9,6 +9,7 @@ import pytest
 RANK = textwrap.dedent(
     """
     import sys, time, torch, torch.distributed as dist
+    from pipeline.engine import process_group
     from pipeline.training.stopping import StopRequest
     dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
     stop = StopRequest()
@@ -18,8 +19,8 @@ RANK = textwrap.dedent(
         steps += 1
         time.sleep(0.02)
     print(steps, stop.reason, flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    process_group.leave_process_group()
+    process_group.end_process(0)
     """
 )
 
