@@ -1,6 +1,7 @@
 """What makes a student good: studies of a real teacher, each one run with students side by side, scored on real labels.
 
-    python tests/benchmarks/proof.py baselines [pairs heads layers init base-layers transfer] [--steps 1000]
+    python tests/benchmarks/proof.py baselines [pairs heads layers init base-layers transfer curve] [--steps 1000]
+    python tests/benchmarks/proof.py equal-time --peer-python PEER/bin/python        # see peer.py
     python tests/benchmarks/proof.py pairs --override student.shape=6x384 --override relations.heads=24
 
 For each study: a corpus of the samples with the teacher's tokenizer; `bash launch/distill.sh --vary ...`; every student
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import labelled
 import masked_words
+import peer
 import teachers
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +33,7 @@ from data_prep.readers.sources import Source
 from pipeline.encoders.models import teacher_config
 from pipeline.evaluation import contestants, design, labelfree, report, results, study
 from pipeline.recipes import load_recipes
-from pipeline.results.export import exported
+from pipeline.results.export import export, exported
 from pipeline.tasks import probe
 from pipeline.tasks.table import find_tasks
 from pipeline.training.run_folder import FinishedRun, short_names
@@ -56,6 +58,8 @@ class Question:
         tasks: of labelled.py, where they are not the usual ones.
         each_untrained: whether every student has first weights of its own.
         masked_words: whether a model of the same shape is trained without a teacher.
+        peer: whether bertdistiller trains a student in the same time.
+        scored_at: the shares of the steps after which students are scored, the last of which is all.
     """
 
     vary: str
@@ -64,6 +68,8 @@ class Question:
     overrides: list[str] = field(default_factory=list)
     each_untrained: bool = False
     masked_words: bool = False
+    peer: bool = False
+    scored_at: tuple[float, ...] = (1.0,)
 
 
 QUESTIONS = {
@@ -83,6 +89,8 @@ QUESTIONS = {
         vary="teacher.layer=6,7,8,9,10,11,12", teacher=BASE, overrides=["student.shape=4x192", "relations.heads=48"]
     ),
     "transfer": Question(vary="student.init=embeddings", teacher=teachers.E5, tasks=(labelled.TRANSFER,)),
+    "equal-time": Question(vary="student.init=random", peer=True),
+    "curve": Question(vary="student.init=random,embeddings", each_untrained=True, scored_at=(0.1, 0.3, 1.0)),
 }
 
 
@@ -96,17 +104,25 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--texts", type=int, default=8000, help="of the linear probe")
     parser.add_argument("--tasks", nargs="+", default=labelled.TASKS, choices=labelled.TASKS)
+    parser.add_argument("--peer-python", help="interpreter with bertdistiller")
     parser.add_argument("--without-teacher", action="store_true", help="do not fine-tune it, which takes longest")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="of all recipes")
     parser.add_argument("--out", type=Path, default=samples.home() / "proof")
     options = parser.parse_args()
+    if not options.peer_python and any(QUESTIONS[name].peer for name in options.questions):
+        parser.error("equal-time wants --peer-python, an interpreter with bertdistiller: see tests/benchmarks/step.py")
     for name in options.questions:
         answer(name, QUESTIONS[name], options)
 
 
 def answer(name: str, question: Question, options: argparse.Namespace) -> None:
     out = options.out / name
-    models = contestants_of(question, distill(question, out, options), out)
+    runs = distill(question, out, options)
+    models = contestants_of(question, runs, out, options.steps)
+    if question.peer:
+        untrained = Path(models[contestants.UNTRAINED])
+        trained = peer.train(options.peer_python, FinishedRun.open(runs[0]), untrained, out / "bertdistiller")
+        models["bertdistiller"] = str(trained)
     console = Console(record=True, width=160)
     tasks = question.tasks or options.tasks
     for task in tasks:
@@ -131,6 +147,13 @@ def distill(question: Question, out: Path, options: argparse.Namespace) -> list[
     last = teacher_config(str(teacher)).num_hidden_layers
     words = [f"teacher.model={teacher}", f"teacher.layer={last}", f"data.corpus={corpus(teacher, question)}"]
     words += [*SELDOM, f"optimizer.steps={options.steps}", f"optimizer.warmup_steps={options.steps // 10}"]
+    if len(question.scored_at) > 1:
+        often = round(options.steps * min(question.scored_at))
+        words += [f"checkpoint.every_steps={often}", f"checkpoint.keep_every_steps={often}"]
+        words += [
+            f"logging.validate_every_steps={often}",
+            f"logging.probe={labelled.folder() / 'topics' / 'train.jsonl'}",
+        ]
     words += [*question.overrides, *options.override, f"run.output={out / 'runs'}"]
     command = ["bash", SCRIPT, "--num_gpus", options.ranks, "--recipe", "demo", "--vary", question.vary, *words]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.ranks)), **os.environ}
@@ -150,12 +173,15 @@ def corpus(teacher: Path, question: Question) -> Path:
     return folder
 
 
-def contestants_of(question: Question, runs: list[Path], out: Path) -> dict[str, str]:
+def contestants_of(question: Question, runs: list[Path], out: Path, steps: int) -> dict[str, str]:
     """Folders of the models by name: students by their value, the teacher, and students before their first step."""
     students, untrained, teacher = {}, {}, {}
     for name, folder in zip(short_names(runs), runs, strict=True):
         run, value = FinishedRun.open(folder), name.split("=", 1)[-1]
         found = contestants.of_run(run, exported(run), out)
+        for step in (round(share * steps) for share in question.scored_at[:-1]):
+            earlier = export(FinishedRun.open(folder, step), out / "models" / f"{name}-{step}")
+            students[f"{value}, {step} steps"] = str(earlier)
         students[value] = found[contestants.STUDENT]
         teacher = {contestants.TEACHER: found[contestants.TEACHER]}
         if question.each_untrained or not untrained:
