@@ -1,7 +1,7 @@
 """What makes a student good: studies of a real teacher, each one run with students side by side, scored on real labels.
 
-    python tests/benchmarks/proof.py baselines [pairs heads layers init base-layers transfer curve] [--steps 1000]
-    python tests/benchmarks/proof.py equal-time --peer-python PEER/bin/python        # see peer.py
+    python tests/benchmarks/proof.py QUESTION ... [--steps 1000]                    # of questions.py
+    python tests/benchmarks/proof.py equal-time --peer-python PEER/bin/python       # see peer.py
     python tests/benchmarks/proof.py pairs --override student.shape=6x384 --override relations.heads=24
 
 For each study: a corpus of the samples with the teacher's tokenizer; `bash launch/distill.sh --vary ...`; every student
@@ -17,13 +17,13 @@ The texts of the topics are part of the corpus (their labels are not); the revie
 import argparse
 import os
 import subprocess
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import labelled
 import masked_words
 import peer
 import teachers
+from questions import QUESTIONS, Question
 from rich.console import Console
 from rich.table import Table
 
@@ -39,59 +39,12 @@ from pipeline.tasks.table import find_tasks
 from pipeline.training.run_folder import FinishedRun, short_names
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "distill.sh"
-SMALL, BASE = samples.TEACHER, teachers.NAME
 TEACHERS = {
-    SMALL: lambda: samples.fetch() / samples.TEACHER,
-    BASE: teachers.mpnet_base,
+    samples.TEACHER: lambda: samples.fetch() / samples.TEACHER,
+    teachers.NAME: teachers.mpnet_base,
     teachers.E5: teachers.multilingual_e5_small,
 }
 SELDOM = ["checkpoint.every_steps=1000", "logging.every_steps=50"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """A study: what is varied, and what all students share.
-
-    Attributes:
-        vary: a recipe's key and its values, see `minilm distill --vary`.
-        teacher: its name.
-        tasks: of labelled.py, where they are not the usual ones.
-        each_untrained: whether every student has first weights of its own.
-        masked_words: whether a model of the same shape is trained without a teacher.
-        peer: whether bertdistiller trains a student in the same time.
-        scored_at: the shares of the steps after which students are scored, the last of which is all.
-    """
-
-    vary: str
-    teacher: str = SMALL
-    tasks: tuple[str, ...] = ()
-    overrides: list[str] = field(default_factory=list)
-    each_untrained: bool = False
-    masked_words: bool = False
-    peer: bool = False
-    scored_at: tuple[float, ...] = (1.0,)
-
-
-QUESTIONS = {
-    "baselines": Question(  # the teacher's width, so that `slice` begins as every other layer of the teacher
-        vary="student.init=random,slice",
-        overrides=["student.shape=3x384", "student.feed_forward=1536"],
-        each_untrained=True,
-        masked_words=True,
-    ),
-    "pairs": Question(
-        vary="relations.pairs={qq=1.0,kk=1.0,vv=1.0},{qk=1.0,vv=1.0},{qq=1.0},{kk=1.0},{vv=1.0}",
-    ),
-    "heads": Question(vary="relations.heads=12,24,48"),
-    "layers": Question(vary="teacher.layer=3,4,5,6"),
-    "init": Question(vary="student.init=random,embeddings,slice", each_untrained=True),
-    "base-layers": Question(
-        vary="teacher.layer=6,7,8,9,10,11,12", teacher=BASE, overrides=["student.shape=4x192", "relations.heads=48"]
-    ),
-    "transfer": Question(vary="student.init=embeddings", teacher=teachers.E5, tasks=(labelled.TRANSFER,)),
-    "equal-time": Question(vary="student.init=random", peer=True),
-    "curve": Question(vary="student.init=random,embeddings", each_untrained=True, scored_at=(0.1, 0.3, 1.0)),
-}
 
 
 def main() -> None:
@@ -127,7 +80,7 @@ def answer(name: str, question: Question, options: argparse.Namespace) -> None:
     tasks = question.tasks or options.tasks
     for task in tasks:
         console.print(frozen(task, models, options.texts))
-    if options.without_teacher or question.teacher == BASE:  # whose fine-tuning would take hours here
+    if options.without_teacher or question.teacher == teachers.NAME:  # whose fine-tuning would take hours here
         models = {name: folder for name, folder in models.items() if name != contestants.TEACHER}
     planned = design.plan(
         contestants.measure(models),
@@ -154,11 +107,17 @@ def distill(question: Question, out: Path, options: argparse.Namespace) -> list[
             f"logging.validate_every_steps={often}",
             f"logging.probe={labelled.folder() / 'topics' / 'train.jsonl'}",
         ]
-    words += [*question.overrides, *options.override, f"run.output={out / 'runs'}"]
-    command = ["bash", SCRIPT, "--num_gpus", options.ranks, "--recipe", "demo", "--vary", question.vary, *words]
+    words += [*question.overrides, *options.override]
+    command = ["bash", SCRIPT, "--num_gpus", options.ranks, "--recipe", "demo"]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.ranks)), **os.environ}
-    subprocess.run(list(map(str, command)), check=True, env=environment)
-    return [Path(recipe.run.output) for recipe in load_recipes(["demo"], words, [question.vary])]
+    runs = []
+    for name, own in question.apart.items() or [("", [])]:
+        vary = [question.vary] if question.vary else []
+        given = [*words, *own, f"run.output={out / 'runs' / name}"]
+        more = [word for value in vary for word in ("--vary", value)]
+        subprocess.run(list(map(str, [*command, *more, *given])), check=True, env=environment)
+        runs += [Path(recipe.run.output) for recipe in load_recipes(["demo"], given, vary)]
+    return runs
 
 
 def corpus(teacher: Path, question: Question) -> Path:
