@@ -22,12 +22,14 @@ class Progress:
         self._estimated += self._study.estimated_seconds(unit)
         self._taken += record["seconds"]
         left = seconds_left(self._study, self._done) * self._taken / max(self._estimated, 1e-9) / self.slots
-        score = next(iter(record["scores"].values()))[unit.task.metrics[0]]["value"]
+        metric, splits = unit.task.metrics[0], record["scores"]
+        score = sum(scores[metric]["value"] for scores in splits.values()) / len(splits)
+        among = f" over {len(splits)} splits" if len(splits) > 1 else ""
         tried = "" if unit.lr is None else f" lr {unit.lr:g} seed {unit.seed}"
         total = max(len(self._done), self._study.expected_units())
         self._say(
             f"{len(self._done)}/{total} {unit.task.name} {unit.model.name}{tried}: "
-            f"{unit.task.metrics[0]} {score:.3f}{' (diverged)' if record.get('diverged') else ''} in "
+            f"{metric} {score:.3f}{among}{' (diverged)' if record.get('diverged') else ''} in "
             f"{record['seconds']:,.0f} s, left {clock(left)}"
         )
 

@@ -21,6 +21,7 @@ def test_every_kind_is_fine_tuned_and_scored(models, data, tmp_path):
     said = []
     done = study.run(planned, workers=0, say=said.append)
     assert len(done) == planned.expected_units() == 14 and len(said) == 14 and "left 0:00:00" in said[-1]
+    assert sum("over 3 splits" in line for line in said) == 2  # of the task in three languages, by both models
     found = results.collect(planned, done, "m1", None)
     by_task = {line.task: line for line in found.headlines()}
     assert by_task["toke"].models["m1"].mean > 0.9  # tags follow from the words' places
