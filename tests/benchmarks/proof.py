@@ -138,10 +138,10 @@ def contestants_of(question: Question, runs: list[Path], out: Path, steps: int) 
     for name, folder in zip(short_names(runs), runs, strict=True):
         run, value = FinishedRun.open(folder), name.split("=", 1)[-1]
         found = contestants.of_run(run, exported(run), out)
+        students[value] = found[contestants.STUDENT]
         for step in (round(share * steps) for share in question.scored_at[:-1]):
             earlier = export(FinishedRun.open(folder, step), out / "models" / f"{name}-{step}")
             students[f"{value}, {step} steps"] = str(earlier)
-        students[value] = found[contestants.STUDENT]
         teacher = {contestants.TEACHER: found[contestants.TEACHER]}
         if question.each_untrained or not untrained:
             label = f"untrained, {value}" if question.each_untrained else contestants.UNTRAINED

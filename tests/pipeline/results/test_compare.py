@@ -92,6 +92,8 @@ def test_the_picture_holds_a_curve_of_each_run_against_tokens_and_time(pair):
     picture = ElementTree.fromstring(curves.picture(compare.read(pair)))
     lines = picture.findall("{http://www.w3.org/2000/svg}polyline")
     assert len(lines) == 4 and all(len(line.get("points").split()) >= 2 for line in lines)
+    marks = [text.text for text in picture.findall("{http://www.w3.org/2000/svg}text") if text.text[0].isdigit()]
+    assert len(marks) >= 8 and all(len(mark.replace(",", "").replace(".", "").strip("0")) <= 2 for mark in marks), marks
     outcomes = compare.read(pair)
     assert outcomes[0].training[-1][0] == 6 * 8 * 32  # tokens
     assert outcomes[0].training[-1][1] == pytest.approx(
