@@ -56,7 +56,7 @@ QUESTIONS = {
     ),
     "transfer": Question(vary="student.init=embeddings", teacher=teachers.E5, tasks=(labelled.TRANSFER,)),
     "text": Question(
-        apart={"windows": [], "documents-apart": ["data.attention=document"], "cut-documents": ["data.packing=none"]}
+        apart={"windows": [], "documents-apart": ["data.attention=document"], "document-a-row": ["data.packing=none"]}
     ),
     "shapes": Question(
         apart={
