@@ -38,11 +38,7 @@ def train(recipe: Recipe, folder: Path) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     tokenizer = AutoTokenizer.from_pretrained(recipe.teacher.model)
     hide = DataCollatorForLanguageModeling(tokenizer).torch_mask_tokens
-    size = options.global_batch_samples
-    loader = Loader(
-        Corpus.open(recipe.data.corpus), data_options(recipe), global_batch_samples=size, micro_batch_samples=size,
-        rank=0, world_size=1, samples_seen=0,
-    )  # fmt: skip
+    loader = samples_of(recipe)
     for step, batch in zip(range(options.steps), loader, strict=False):
         inputs = batch.inputs(torch.device("cpu"))
         loss = masked_loss(model, inputs["input_ids"], hide)
@@ -59,6 +55,15 @@ def train(recipe: Recipe, folder: Path) -> Path:
     huggingface.write_model(model.base_model.eval(), folder)
     durable.write(folder / "whole", "")
     return folder
+
+
+def samples_of(recipe: Recipe) -> Loader:
+    """The samples of a run in its order, a step's at a time."""
+    size = recipe.optimizer.global_batch_samples
+    return Loader(
+        Corpus.open(recipe.data.corpus), data_options(recipe), global_batch_samples=size, micro_batch_samples=size,
+        rank=0, world_size=1, samples_seen=0,
+    )  # fmt: skip
 
 
 def masked_loss(model, ids: torch.Tensor, hide) -> torch.Tensor:

@@ -58,15 +58,9 @@ def train(python: str, run, student: Path, folder: Path) -> Path:
 
 def _samples(recipe) -> np.ndarray:
     """Twice the samples of the run, in its order: token ids [samples, tokens]."""
-    from data_prep.shards import Corpus
-    from pipeline.data.loader import Loader
-    from pipeline.training.build import data_options
+    from masked_words import samples_of
 
-    size = recipe.optimizer.global_batch_samples
-    loader = Loader(
-        Corpus.open(recipe.data.corpus), data_options(recipe), global_batch_samples=size, micro_batch_samples=size,
-        rank=0, world_size=1, samples_seen=0,
-    )  # fmt: skip
+    loader = samples_of(recipe)
     batches = zip(range(2 * recipe.optimizer.steps), loader, strict=False)
     rows = np.concatenate([batch.inputs(torch.device("cpu"))["input_ids"].numpy() for _, batch in batches])
     loader.close()
