@@ -10,7 +10,7 @@ from data_prep.errors import UserError, words_of
 from launch.cli import EXIT_USER_ERROR, quiet_libraries
 from launch.commands.runs import recipe_options
 from launch.starters import carried_variables, rank_variables
-from launch.status import RankStatus
+from launch.status import RankStatus, end_process
 from launch.streams import outlive_the_terminal
 
 
@@ -58,6 +58,4 @@ def distill_rank() -> None:
             words += f" [rank {os.environ.get('RANK')} on {socket.gethostname()}]"
         status.end(words, EXIT_USER_ERROR)
     status.write(code)
-    from pipeline.engine import process_group
-
-    process_group.end_process(code)
+    end_process(code)

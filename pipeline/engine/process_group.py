@@ -1,13 +1,11 @@
 """This rank among the others: the process group, and the device that it computes on."""
 
-import atexit
 import contextlib
 import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -148,22 +146,6 @@ def leave_process_group() -> None:
             _heartbeat.stop()
             dist.barrier()  # none may take one for lost that has left
         dist.destroy_process_group()
-
-
-def end_process(code: int) -> NoReturn:
-    """End a rank that has nothing more to do, with this exit code.
-
-    Python's own way out takes down the interpreter while threads of the process group may still want it, which aborts
-    about one rank in a hundred after all its work is done; a launcher then calls the whole job failed.
-    """
-    try:
-        with contextlib.suppress(SystemExit):
-            sys.exit(code)  # for those who replace it to learn the code, as W&B does
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(code)
 
 
 def device() -> torch.device:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from launch.status import end_process
 from pipeline.engine import process_group
 from pipeline.recipes import load_recipe
 from pipeline.training.job import distill
@@ -38,7 +39,7 @@ def main(folder: Path, jobs: str) -> None:
     if dist.get_rank() == 0:
         (folder / f"codes-{jobs}").write_text(json.dumps(codes))
     process_group.leave_process_group()
-    process_group.end_process(0)
+    end_process(0)
 
 
 if __name__ == "__main__":

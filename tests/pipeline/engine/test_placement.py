@@ -19,6 +19,7 @@ RANKS = textwrap.dedent(
     """
     import json, sys, torch
     from pathlib import Path
+    from launch.status import end_process
     from pipeline.engine import process_group
     from pipeline.config import Teacher
     from pipeline.engine.placement import Placement, start_teacher
@@ -47,7 +48,7 @@ RANKS = textwrap.dedent(
     if rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
     process_group.leave_process_group()
-    process_group.end_process(0)
+    end_process(0)
     """
 )
 KINDS, PRECISIONS = ("zero3", "zero3_cpu"), ("fp32", "bf16")

@@ -14,6 +14,7 @@ CASES = ("fine", "loss", "gradient", "first micro-batch", "one rank", "fine")
 RANK = textwrap.dedent(
     """
     import json, sys, torch
+    from launch.status import end_process
     from pipeline.engine import process_group
     from pipeline.engine.student import set_learning_rate, spoil_unless_finite, start_student, take_step
     from pipeline.recipes import load_recipe
@@ -67,7 +68,7 @@ RANK = textwrap.dedent(
             if rank == 0:
                 print("RESULT " + json.dumps(found), flush=True)
     process_group.leave_process_group()
-    process_group.end_process(0)
+    end_process(0)
     """
 )
 

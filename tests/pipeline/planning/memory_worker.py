@@ -14,6 +14,7 @@ import torch
 import transformers.models.bert.modeling_bert  # noqa: F401
 
 from data_prep import durable
+from launch.status import end_process
 from pipeline.engine import process_group
 from pipeline.recipes import load_recipe
 from pipeline.training import preflight
@@ -36,7 +37,7 @@ def main(folder: Path) -> None:
     if torch.distributed.get_rank() == 0:
         durable.write(folder / "peak.json", json.dumps(resident("VmHWM") - before))
     process_group.leave_process_group()
-    process_group.end_process(0)
+    end_process(0)
 
 
 def resident(field: str) -> int:

@@ -9,6 +9,7 @@ import pytest
 RANK = textwrap.dedent(
     """
     import sys, time, torch, torch.distributed as dist
+    from launch.status import end_process
     from pipeline.engine import process_group
     from pipeline.training.stopping import StopRequest
     dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
@@ -20,7 +21,7 @@ RANK = textwrap.dedent(
         time.sleep(0.02)
     print(steps, stop.reason, flush=True)
     process_group.leave_process_group()
-    process_group.end_process(0)
+    end_process(0)
     """
 )
 

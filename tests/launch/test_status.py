@@ -8,11 +8,11 @@ import textwrap
 RANK = textwrap.dedent(
     """
     import atexit, sys, threading
-    from pipeline.engine import process_group
+    from launch.status import end_process
     threading.Thread(target=threading.Event().wait).start()  # of a library, which Python would wait for
     atexit.register(print, "handed over")
     print("done", end=" ")
-    process_group.end_process(75)
+    end_process(75)
     """
 )
 
