@@ -51,8 +51,8 @@ def announce(study: Study, done: Records) -> list[str]:
     options = study.options
     trained = sum(not task.is_frozen for task in study.tasks)
     lines = [
-        f"{len(study.models)} models ({', '.join(model.name for model in study.models)}) on {len(study.tasks)} tasks "
-        f"({', '.join(task.name for task in study.tasks)})"
+        f"models: {', '.join(model.name for model in study.models)}; tasks: "
+        f"{', '.join(task.name for task in study.tasks)}"
     ]
     if trained:
         lines.append(

@@ -7,6 +7,7 @@ from typing import Any
 
 from data_prep import durable
 from pipeline.evaluation import picture
+from pipeline.evaluation.contestants import TEACHER
 from pipeline.evaluation.results import CONFIDENCE, MEAN, Difference, Line, Results, Score
 from pipeline.tasks.table import Task
 
@@ -66,7 +67,15 @@ def notes(results: Results) -> list[str]:
     """How the numbers came about, and what others have published."""
     settings = results.settings
     epochs = ", ".join(f"{name} {count}" for name, count in settings["epochs"].items())
-    lines = [f"intervals: {CONFIDENCE:.0%}, over seeds and test examples, paired"]
+    lines = []
+    if len(results.models) > 1:
+        lines.append(f"intervals: {CONFIDENCE:.0%}, over seeds and test examples, paired")
+    whole = results.average(TEACHER) if TEACHER in results.models else 0
+    if whole > 0 and results.student != TEACHER:
+        kept = results.average(results.student) / whole
+        lines.append(f"{results.student} keeps {kept:.1%} of the {TEACHER}'s score")
+    if frozen := [line.task for line in results.headlines() if line.task not in settings["epochs"]]:
+        lines.append(f"{', '.join(frozen)}: the models as they are, nothing is fine-tuned")
     if epochs:
         rates = ", ".join(f"{lr:g}" for lr in settings["learning_rates"])
         limit = f", at most {settings['limit']:,} training examples" if settings["limit"] else ""
@@ -103,7 +112,7 @@ def tables(results: Results) -> list:
     from rich.table import Table
 
     shown: list[Any] = []
-    titled = [("Fine-tuned scores (%)", score_rows)]
+    titled = [("Scores (%)", score_rows)]
     titled += [("Differences (points)", difference_rows)] if len(results.models) > 1 else []
     for title, rows_of in titled:
         heads, rows = rows_of(results)

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4, help="of a fine-tuning: small students want a large one")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--texts", type=int, default=8000, help="of the linear probe")
-    parser.add_argument("--tasks", nargs="+", default=labelled.TASKS, choices=labelled.TASKS)
+    parser.add_argument("--tasks", nargs="+", default=("reviews", "topics"), choices=labelled.KINDS)
     parser.add_argument("--peer-python", help="interpreter with bertdistiller")
     parser.add_argument("--without-teacher", action="store_true", help="do not fine-tune it, which takes longest")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="of all recipes")
@@ -78,14 +78,16 @@ def answer(name: str, question: Question, options: argparse.Namespace) -> None:
         models["bertdistiller"] = str(trained)
     console = Console(record=True, width=160)
     tasks = question.tasks or options.tasks
+    data = labelled.folder(*tasks)
     for task in tasks:
-        console.print(frozen(task, models, options.texts))
+        if labelled.KINDS[task] == "text":
+            console.print(frozen(data / task / "train.jsonl", models, options.texts))
     if options.without_teacher or question.teacher == teachers.NAME:  # whose fine-tuning would take hours here
         models = {name: folder for name, folder in models.items() if name != contestants.TEACHER}
     planned = design.plan(
         contestants.measure(models),
-        find_tasks(",".join(f"{task}:text" for task in tasks)),
-        design.Options(data=labelled.folder(), learning_rates=(options.lr,), seeds=options.seeds, limit=options.limit),
+        find_tasks(",".join(f"{task}:{labelled.KINDS[task]}" for task in tasks)),
+        design.Options(data=data, learning_rates=(options.lr,), seeds=options.seeds, limit=options.limit),
         out / "evaluation",
     )
     found = results.collect(planned, study.run(planned, say=print), next(iter(models)), None)
@@ -103,10 +105,8 @@ def distill(question: Question, out: Path, options: argparse.Namespace) -> list[
     if len(question.scored_at) > 1:
         often = round(options.steps * min(question.scored_at))
         words += [f"checkpoint.every_steps={often}", f"checkpoint.keep_every_steps={often}"]
-        words += [
-            f"logging.validate_every_steps={often}",
-            f"logging.probe={labelled.folder() / 'topics' / 'train.jsonl'}",
-        ]
+        topics = labelled.folder("topics") / "topics" / "train.jsonl"
+        words += [f"logging.validate_every_steps={often}", f"logging.probe={topics}"]
     words += [*question.overrides, *options.override]
     command = ["bash", SCRIPT, "--num_gpus", options.ranks, "--recipe", "demo"]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.ranks)), **os.environ}
@@ -124,7 +124,7 @@ def corpus(teacher: Path, question: Question) -> Path:
     """The samples' Wikipedia with a teacher's tokenizer, in English or in all languages of the tasks."""
     folder, there = samples.home() / "proof" / f"corpus-{teacher.name}", samples.fetch()
     if not (folder / "manifest.json").is_file():
-        languages = labelled.LANGUAGES if labelled.TRANSFER in question.tasks else ("en",)
+        languages = labelled.LANGUAGES if "transfer" in question.tasks else ("en",)
         texts = [f"wikipedia:{there / samples.ENWIKI}"]
         texts += [f"jsonl,language={name}:{there / samples.LEADS.format(language=name)}" for name in languages]
         sources = tuple(map(Source.parse, texts))
@@ -151,13 +151,17 @@ def contestants_of(question: Question, runs: list[Path], out: Path, steps: int) 
     return students | teacher | untrained
 
 
-def frozen(task: str, models: dict[str, str], texts: int) -> Table:
-    """A linear probe, and the nearest neighbours that the teacher finds too, on a task's texts."""
+def frozen(file: Path, models: dict[str, str], texts: int) -> Table:
+    """A linear probe, and the nearest neighbours that the teacher finds too, on labelled texts."""
     first = {contestants.TEACHER: models[contestants.TEACHER]}  # with which neighbours are compared
-    train = probe.read_probe(labelled.folder() / task / "train.jsonl", texts=texts)
+    train = probe.read_probe(file, texts=texts)
     scores = labelfree.of_models(first | models, probe=train)
     table = Table(
-        "model", "probe", "10 nearest", "adjacent halves", title=f"{task}, frozen ({scores.probe_texts} texts)"
+        "model",
+        "probe",
+        "10 nearest",
+        "adjacent halves",
+        title=f"{file.parent.name}, frozen ({scores.probe_texts} texts)",
     )
     for name in models:
         values = (scores.probe_accuracy[name], scores.neighbours[name], scores.adjacent[name])

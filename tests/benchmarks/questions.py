@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import labelled
 import teachers
 
 from data_prep import samples
@@ -54,7 +53,7 @@ QUESTIONS = {
         teacher=teachers.NAME,
         overrides=["student.shape=4x192", "relations.heads=48"],
     ),
-    "transfer": Question(vary="student.init=embeddings", teacher=teachers.E5, tasks=(labelled.TRANSFER,)),
+    "transfer": Question(vary="student.init=embeddings", teacher=teachers.E5, tasks=("transfer", "declarations")),
     "text": Question(
         apart={"windows": [], "documents-apart": ["data.attention=document"], "document-a-row": ["data.packing=none"]}
     ),
@@ -64,6 +63,7 @@ QUESTIONS = {
         },
         each_untrained=True,
     ),
+    "seeds": Question(apart={f"seed-{seed}": [f"run.seed={seed}"] for seed in (1, 2, 3)}, each_untrained=True),
     "equal-time": Question(vary="student.init=random", peer=True),
     "curve": Question(vary="student.init=random,embeddings", each_untrained=True, scored_at=(0.1, 0.3, 1.0)),
 }

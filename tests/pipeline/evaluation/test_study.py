@@ -124,6 +124,28 @@ def test_interval_of_a_difference_covers_the_truth():
     assert results.difference(one, one) == results.Difference(value=0.0, low=0.0, high=0.0)
 
 
+def test_notes_say_what_the_student_keeps_and_what_was_never_fine_tuned():
+    def line(task, **means):
+        scores = {
+            name: results.Score(mean=mean, deviation=None, seeds=(mean,), lr=None, diverged=0)
+            for name, mean in means.items()
+        }
+        return results.Line(task=task, split="test", metric="accuracy", examples=10, models=scores, differences={})
+
+    found = results.Results(
+        student="student",
+        models=dict(teacher={}, student={}),
+        settings=dict(epochs={"sst2": 3}, learning_rates=[1e-4], seeds=1, limit=None),
+        lines=[line("sst2", teacher=0.9, student=0.8), line("pairs", teacher=0.7, student=0.4)],
+        published=[],
+    )
+    said = report.notes(found)
+    assert "student keeps 75.0% of the teacher's score" in said  # (0.8 + 0.4) / (0.9 + 0.7)
+    assert any("pairs" in note and "nothing is fine-tuned" in note and "sst2" not in note for note in said)
+    alone = report.notes(dataclasses.replace(found, models=dict(student={})))
+    assert not any("keeps" in note or "interval" in note for note in alone)
+
+
 def test_published_rows_stand_beneath_students_of_their_teacher_and_shape():
     from pipeline.evaluation.published import published
 
