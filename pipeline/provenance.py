@@ -20,6 +20,7 @@ from pipeline.config import Recipe
 FOLDER, RECORD = "provenance", "provenance.json"
 _NOTICES = re.compile(r"(?i)(licen[cs]e|notice|copying)([.-][a-z0-9.-]+)?")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_SNAPSHOT = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\][0-9a-f]+$")  # a folder of the hub's own cache
 
 # What the hub calls a licence, and phrases that its text holds, all of them; the first row that fits counts.
 _LICENCES = (
@@ -46,7 +47,7 @@ class Provenance:
     Attributes:
         teacher: id on the hub, or name of the local folder.
         teacher_fingerprint: of its configuration and weights.
-        base_model: id on the hub; empty for a local folder.
+        base_model: id on the hub; empty for a local folder, unless it is one of the hub's cache.
         license: of the teacher, as the hub calls it; empty if neither its card nor its folder says.
         license_name, license_link: for licences that the hub has no name for.
         languages: of the sources that are sampled, as ISO 639 codes.
@@ -149,10 +150,18 @@ def _gather(recipe: Recipe, corpus: Corpus | None, fingerprint: str) -> tuple[Pr
     known = dict(zip(("license", "license_name", "license_link"), _license(folder, notices), strict=True))
     if corpus is not None:
         known |= _of_corpus(recipe, corpus)
-    teacher = Path(model).expanduser().resolve().name if is_local else model
-    base = "" if is_local or not _HUB_ID.fullmatch(model) else model
+    base = _hub_id(model, is_local)
+    teacher = base or (Path(model).expanduser().resolve().name if is_local else model)
     known |= dict(teacher=teacher, base_model=base, teacher_fingerprint=fingerprint, notices=tuple(notices))
     return Provenance(**{"sources": {}, **known}), notices
+
+
+def _hub_id(model: str, is_local: bool) -> str:
+    """The id of a teacher that is named by it, or by a folder of the hub's cache; empty for any other folder."""
+    if is_local:
+        snapshot = _SNAPSHOT.search(str(Path(model).expanduser().resolve()))
+        return snapshot["id"].replace("--", "/") if snapshot else ""
+    return model if _HUB_ID.fullmatch(model) else ""
 
 
 def _teacher_folder(model: str) -> tuple[Path | None, bool]:

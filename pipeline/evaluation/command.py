@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_prep import samples
 from data_prep.errors import UserError
+from pipeline import provenance
 from pipeline.evaluation import contestants, design, labelfree, progress, report, results, study
 from pipeline.results.export import add_scores, exported
 from pipeline.shipping import card
@@ -105,7 +106,7 @@ def on_tasks(
         return None
     done = study.run(planned, engine=engine, workers=workers, ray_address=ray_address, say=say)
     student = contestants.STUDENT if run else next(iter(folders))
-    origin = (run.recipe.teacher.model, run.recipe.student.shape) if run else None
+    origin = (provenance.read(run.folder, run.recipe)[0].teacher, run.recipe.student.shape) if run else None
     found = results.collect(planned, done, student, origin)
     report.write(found, out, run.record.step if run else None)
     if run and folder:

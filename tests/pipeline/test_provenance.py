@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -76,6 +77,17 @@ def test_a_later_start_forgets_a_teacher_only_if_it_is_another(teacher, corpus, 
     known, notices = of(teacher, corpus, tmp_path / "run", fingerprint="two")
     assert known.license == "" and notices == {}
     assert [path.name for path in (tmp_path / "run" / provenance.FOLDER).iterdir()] == [provenance.RECORD]
+
+
+def test_a_teacher_in_the_hubs_cache_goes_by_its_id(teacher, corpus, tmp_path):
+    for id, name in (("models--FacebookAI--roberta-large", "FacebookAI/roberta-large"), ("models--gpt2", "gpt2")):
+        snapshot = tmp_path / "hub" / id / "snapshots" / "722cf37b1afa9454edce342e7895e588b6ff1d59"
+        snapshot.parent.mkdir(parents=True)
+        shutil.copytree(teacher, snapshot)
+        (tmp_path / name.replace("/", "-")).symlink_to(snapshot)
+        for given in (snapshot, f"{snapshot}/", tmp_path / name.replace("/", "-")):
+            known, _ = of(str(given), corpus, tmp_path / "run")
+            assert known.base_model == known.teacher == name
 
 
 def test_a_teacher_of_the_hub_is_the_base_model(corpus, tmp_path):
