@@ -18,7 +18,6 @@ from pipeline.training.run_folder import FinishedRun
 TEACHER, STUDENT, UNTRAINED = "teacher", "student", "untrained"
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "sentencepiece", "spm")
-_VOCABULARIES = ("tokenizer.json", "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model", "spm.model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +134,7 @@ def measure(folders: dict[str, str]) -> list[Contestant]:
 
 def _fingerprint(folder: Path) -> str:
     digest = hashlib.sha256(placement.teacher_fingerprint(str(folder)).encode())
-    for name in _VOCABULARIES:
-        if (folder / name).is_file():
-            digest.update(json.dumps([name, durable.sha256(folder / name)]).encode())
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(_TOKENIZER_NAMES) and path.is_file():
+            digest.update(json.dumps([path.name, durable.sha256(path)]).encode())
     return digest.hexdigest()

@@ -91,8 +91,11 @@ def plan(models: Sequence[Contestant], tasks: Sequence[Task], options: Options, 
         data = examples.load(task, options.data, options.limit)
         fingerprints[task.name] = data.fingerprint()
         lengths[task.name] = min(task.max_tokens, *(model.max_tokens for model in models))
+        notes.append(f"{task.name}: {_sizes(data)}")
         if data.unlabelled:
             notes.append(f"{task.name}: {data.unlabelled:,} rows without a label are left out")
+        if data.torn:
+            notes.append(f"{task.name}: {data.torn:,} rows with too few or too many fields are left out")
         if lengths[task.name] < task.max_tokens:
             notes.append(
                 f"{task.name}: examples are cut to {lengths[task.name]} tokens, the longest that all models take"
@@ -126,6 +129,13 @@ def claim(out: Path) -> None:
         )
     if not (out / _MARKER).is_file():
         durable.write(out / _MARKER, f'{{"kind": "{_KIND}"}}\n')
+
+
+def _sizes(data: TaskData) -> str:
+    reported = ", ".join(f"{split} {len(examples):,}" for split, examples in data.reported.items())
+    if data.task.is_frozen:
+        return reported
+    return f"{len(data.train):,} examples to train on, {len(data.selection):,} to choose by; reported: {reported}"
 
 
 def _tokens(tokenizer, data: TaskData, max_tokens: int) -> float:

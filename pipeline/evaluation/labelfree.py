@@ -105,7 +105,7 @@ def measure(models: dict[str, Loaded], *, probe: ProbeTask | None, texts: Sequen
             first = whole if first is None else first
             neighbours[name] = neighbours_in_common(first, whole)
             halves = [vectors(side) for side in zip(*map(_halves, texts), strict=True)]
-            found = ranks(*halves)
+            found = ranks(*halves, torch.eye(len(texts), dtype=torch.bool))
             adjacent[name] = sum(rank == 1 for rank in found) / len(found)
     return Scores(
         parameters={name: loaded.model.num_parameters() for name, loaded in models.items()},

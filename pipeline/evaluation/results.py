@@ -2,8 +2,9 @@
 
 A difference between two models has two sources of chance: the seeds, and the test examples that happen to be there.
 Both are paired: seed by seed (variance of the differences over the seeds, divided by their number), and example by
-example (the jackknife over interleaved groups, see `pipeline.tasks.metrics`). The variances are added, the degrees of
-freedom are those of Welch and Satterthwaite, and the interval is Student's at 95 %.
+example (the jackknife over interleaved groups, see `pipeline.tasks.metrics`; of a mean over splits each split by
+itself). The variances are added, the degrees of freedom are those of Welch and Satterthwaite, and the interval is
+Student's at 95 %.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from pipeline.tasks.table import Task
 
 CONFIDENCE = 0.95
 MEAN = "mean"
+
+Values = list[tuple[float, np.ndarray]]  # of one seed: for each split the score and its jackknife
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +134,7 @@ def _line(task: Task, splits: list[str], metric: str, records: dict[str, list[di
     scores, differences = {}, {}
     tables = {name: [_values(record, splits, metric) for record in own] for name, own in records.items()}
     for name, own in records.items():
-        values = [value for value, _ in tables[name]]
+        values = [float(np.mean([value for value, _ in seed])) for seed in tables[name]]
         scores[name] = Score(
             mean=float(np.mean(values)),
             deviation=float(np.std(values, ddof=1)) if len(values) > 1 else None,
@@ -152,30 +155,32 @@ def _line(task: Task, splits: list[str], metric: str, records: dict[str, list[di
     )
 
 
-def _values(record: dict[str, Any], splits: list[str], metric: str) -> tuple[float, np.ndarray]:
-    """A seed's score, the mean over the splits, and its jackknife."""
+def _values(record: dict[str, Any], splits: list[str], metric: str) -> Values:
+    """A seed's score on each split, with its jackknife."""
     parts = [record["scores"][split][metric] for split in splits]
-    groups = min(len(part["jackknife"]) for part in parts)
-    rest = np.array([part["jackknife"][:groups] for part in parts]).mean(0) if groups else np.empty(0)
-    return float(np.mean([part["value"] for part in parts])), rest
+    return [(part["value"], np.array(part["jackknife"])) for part in parts]
 
 
-def difference(ours: Sequence[tuple[float, np.ndarray]], theirs: Sequence[tuple[float, np.ndarray]]) -> Difference:
-    """Of two models' scores and jackknifes, seed by seed; see the head of this file."""
+def difference(ours: Sequence[Values], theirs: Sequence[Values]) -> Difference:
+    """Of two models' scores and jackknifes, seed by seed, of the mean over the splits; see the head of this file.
+
+    Where a split has too few examples for a jackknife, there is no interval.
+    """
     from scipy import stats
 
-    seeds = np.array([a[0] - b[0] for a, b in zip(ours, theirs, strict=True)])
-    groups = np.mean([a[1] - b[1] for a, b in zip(ours, theirs, strict=True)], axis=0)
+    gaps = [[(a[0] - b[0], a[1] - b[1]) for a, b in zip(*seed, strict=True)] for seed in zip(ours, theirs, strict=True)]
+    seeds = np.array([np.mean([value for value, _ in seed]) for seed in gaps])
     value = float(seeds.mean())
     variances = []  # with their degrees of freedom
     if len(seeds) > 1:
         variances.append((float(seeds.var(ddof=1)) / len(seeds), len(seeds) - 1))
-    if len(groups) > 1:
-        n = len(groups)
-        variances.append(((n - 1) / n * float(((groups - groups.mean()) ** 2).sum()), n - 1))
+    for split in zip(*gaps, strict=True):
+        groups = np.mean([jackknife for _, jackknife in split], axis=0)
+        if (n := len(groups)) < 2:
+            return Difference(value=value, low=None, high=None)
+        variance = (n - 1) / n * float(((groups - groups.mean()) ** 2).sum())
+        variances.append((variance / len(gaps[0]) ** 2, n - 1))
     total = sum(variance for variance, _ in variances)
-    if not variances:
-        return Difference(value=value, low=None, high=None)
     if total == 0:
         return Difference(value=value, low=value, high=value)
     freedom = total**2 / sum(variance**2 / freedom for variance, freedom in variances)

@@ -16,11 +16,12 @@ from typing import Any
 
 from data_prep.errors import UserError
 from pipeline.tasks.files import Row
+from pipeline.tasks.metrics import scored_tags
 from pipeline.tasks.sources import Files, Hub, split_name
 from pipeline.tasks.table import Task
 
 SELECTION_SHARE, SELECTION_LARGEST = 0.1, 2000
-_NO_LABEL = (None, -1, "-1", "-", "")
+_NO_LABEL = (-1, "-1", "-")  # as distributions of the table's tasks write it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,8 @@ class Example:
 class TaskData:
     """What a task needs; `reported` by the name of the split (`validation_matched`, `test.fr`).
 
-    `unlabelled` counts rows that were left out because nobody has labelled them.
+    `unlabelled` counts rows that were left out because nobody has labelled them, `torn` those of a distribution's own
+    tables that have too few or too many fields.
     """
 
     task: Task
@@ -49,6 +51,7 @@ class TaskData:
     selection: list[Example]
     reported: dict[str, list[Example]]
     unlabelled: int
+    torn: int
 
     def fingerprint(self) -> str:
         """Of everything in it, and of the task's row."""
@@ -85,7 +88,11 @@ def load(task: Task, folder: Path | None, limit: int | None = None) -> TaskData:
 
     train_keys, reported_keys = source.train_keys(), source.reported_keys()
     labels = _labels(task, [row for key in train_keys for row in source.rows(*key)])
+    if task.kind == "tokens":
+        scored_tags(labels)  # refuses what is no tag
     train = [] if task.is_frozen else [e for key in train_keys for e in checked(*key, labels)]
+    if task.kind == "span" and not task.hub:
+        _check_places(train, task)
     reported = {split_name(*key): checked(*key, labels) for key in reported_keys}
     train, selection = _without_selection(train, task)
     if limit is not None:
@@ -93,7 +100,13 @@ def load(task: Task, folder: Path | None, limit: int | None = None) -> TaskData:
     if not task.is_frozen and not (train and selection):
         raise UserError(f"{task.name}: {len(train) + len(selection)} training examples are too few")
     return TaskData(
-        task=task, labels=labels, train=train, selection=selection, reported=reported, unlabelled=unlabelled
+        task=task,
+        labels=labels,
+        train=train,
+        selection=selection,
+        reported=reported,
+        unlabelled=unlabelled,
+        torn=source.torn,
     )
 
 
@@ -110,11 +123,24 @@ def _labels(task: Task, rows: list[Row]) -> tuple[str, ...]:
         except ValueError as error:
             raise UserError(f"{task.name}, train, row {number}: {error}") from None
         for value in target if task.kind == "tokens" and isinstance(target, list) else [target]:
-            if value not in _NO_LABEL and not isinstance(value, (list, dict)):
-                values.add(str(value))
+            if not isinstance(value, (list, dict)) and not _is_unlabelled(value, task):
+                values.add(_name(value))
     if len(values) < 2:
         raise UserError(f"{task.name}: the training split has {len(values)} different values in `{task.target}`")
-    return tuple(sorted(values, key=lambda value: (not value.isdigit(), int(value) if value.isdigit() else 0, value)))
+    return tuple(
+        sorted(values, key=lambda value: (not value.isdecimal(), int(value) if value.isdecimal() else 0, value))
+    )
+
+
+def _name(value: Any) -> str:
+    """A class's name; 1.0 is class 1."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _is_unlabelled(value: Any, task: Task) -> bool:
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return True
+    return task.hub is not None and value in _NO_LABEL
 
 
 def _examples(rows: Iterable[Row], task: Task, labels: tuple[str, ...] | None, where: str) -> Iterator[Example]:
@@ -145,13 +171,13 @@ def _texts(row: Row, task: Task) -> tuple[str, ...]:
 def _target(row: Row, task: Task, labels: tuple[str, ...]) -> Any:
     value = _column(row, task.target, task)
     if task.kind == "span":
-        return tuple(zip(map(str, value["text"]), map(int, value["answer_start"]), strict=True))
+        return _answers(value)
     if task.kind == "tokens":
         words = _column(row, task.columns[0], task)
         if not isinstance(value, list) or len(value) != len(words):
             raise ValueError(f"`{task.target}` must be a list of as many tags as there are words")
         return tuple(_class_number(tag, task, labels) for tag in value)
-    if value in _NO_LABEL and not (task.kind == "regression" and value == -1):
+    if _is_unlabelled(value, task):
         return None
     if task.kind == "regression":
         number = float(value)
@@ -161,12 +187,33 @@ def _target(row: Row, task: Task, labels: tuple[str, ...]) -> Any:
     return _class_number(value, task, labels)
 
 
+def _answers(value: Any) -> tuple[tuple[str, int], ...]:
+    """Answers with their first characters, without white space at their edges; empty ones are none."""
+    pairs = (
+        [(answer["text"], answer["answer_start"]) for answer in value]
+        if isinstance(value, list)
+        else zip(value["text"], value["answer_start"], strict=True)
+    )
+    found = ((str(text).strip(), int(begin) + len(text) - len(text.lstrip())) for text, begin in pairs)
+    return tuple((text, begin) for text, begin in found if text)
+
+
+def _check_places(train: list[Example], task: Task) -> None:
+    for example in train:
+        for text, begin in example.target:
+            if (there := example.texts[1][max(begin, 0) : begin + len(text)]) != text:
+                raise UserError(
+                    f"{task.name}, train: the answer {text[:60]!r} is said to begin at character {begin} of its "
+                    f"context, where {there[:60]!r} stands; `answer_start` counts characters, from 0"
+                )
+
+
 def _class_number(value: Any, task: Task, labels: tuple[str, ...]) -> int:
     value = task.values.get(value, value) if isinstance(value, str) else value
-    if str(value) in labels:
-        return labels.index(str(value))
-    text = str(value)
-    if task.labels is not None and text.isdigit() and int(text) < len(labels):
+    text = _name(value)
+    if text in labels:
+        return labels.index(text)
+    if task.labels is not None and text.isdecimal() and int(text) < len(labels):
         return int(text)
     raise ValueError(f"`{task.target}` is {value!r}, which is none of {', '.join(labels)}")
 
@@ -179,19 +226,27 @@ def _column(row: Row, name: str, task: Task) -> Any:
 
 
 def _without_selection(train: list[Example], task: Task) -> tuple[list[Example], list[Example]]:
-    """The training split in two: what is trained on, and what chooses the learning rate."""
-    by_hash: dict[str, list[Example]] = {}
-    for example in train:
-        by_hash.setdefault(_group(example, task), []).append(example)
-    wanted = min(SELECTION_LARGEST, max(1, round(SELECTION_SHARE * len(train)))) if train else 0
-    selection: list[Example] = []
-    chosen = set()
-    for key in sorted(by_hash):
-        if len(selection) >= wanted:
+    """The training split in two: what is trained on, and what chooses the learning rate.
+
+    Where so many examples share a text that too few or too many would be chosen, they are taken one by one.
+    """
+    wanted = min(SELECTION_LARGEST, max(1, round(SELECTION_SHARE * len(train))))
+    for group in (lambda example: _group(example, task), _hash):
+        by_hash: dict[str, list[Example]] = {}
+        for example in train:
+            by_hash.setdefault(group(example), []).append(example)
+        selection: list[Example] = []
+        chosen = set()
+        for key in sorted(by_hash):
+            if len(selection) < wanted and len(selection) + len(by_hash[key]) <= 2 * wanted:
+                selection += by_hash[key]
+                chosen.add(key)
+        if 2 * len(selection) >= wanted and len(selection) < len(train):
             break
-        selection += by_hash[key]
-        chosen.add(key)
-    return [example for example in train if _group(example, task) not in chosen], selection
+    if not selection and len(by_hash) > 1:  # few texts that come many times each
+        chosen = {min(by_hash, key=lambda key: (len(by_hash[key]), key))}
+        selection = [example for example in train if group(example) in chosen]
+    return [example for example in train if group(example) not in chosen], selection
 
 
 def _group(example: Example, task: Task) -> str:

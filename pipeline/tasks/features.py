@@ -18,13 +18,14 @@ class Features:
     """What a model is given for examples.
 
     Attributes:
-        rows: inputs with labels, as the collator takes them; for spans a row a window.
-        words: for tokens, of each row the word that every position begins; None elsewhere.
+        rows: inputs with labels, as the collator takes them; for tokens and spans a row a window.
+        words: for tokens, of each row the number of its example and the word that every position begins; None for
+            positions that begin none, or one that another window counts.
         windows: for spans, of each row the number of its example and its tokens' places in the context.
     """
 
     rows: list[dict[str, Any]]
-    words: list[list[int | None]] = field(default_factory=list)
+    words: list[tuple[int, list[int | None]]] = field(default_factory=list)
     windows: list[tuple[int, list[tuple[int, int] | None]]] = field(default_factory=list)
 
 
@@ -44,16 +45,44 @@ def encode(tokenizer, examples: Sequence[Example], kind: str, max_tokens: int) -
 
 
 def _encode_words(tokenizer, examples: Sequence[Example], max_tokens: int) -> Features:
-    """The first piece of each word bears its tag."""
+    """The first piece of each word bears its tag, in that window where it has most on both sides."""
     rows, words = [], []
-    for example in examples:
-        inputs = tokenizer(list(example.texts), is_split_into_words=True, truncation=True, max_length=max_tokens)
-        numbers = inputs.word_ids()
-        firsts = [n if n is not None and n != before else None for before, n in zip([None, *numbers], numbers)]  # noqa: B905
-        labels = [IGNORED if n is None else example.target[n] for n in firsts]
-        rows.append({**inputs, "labels": labels})
-        words.append(firsts)
+    space = _missing_space(tokenizer)
+    for number, example in enumerate(examples):
+        inputs = tokenizer(
+            [space + word for word in example.texts],
+            is_split_into_words=True,
+            truncation=True,
+            max_length=max_tokens,
+            stride=min(LARGEST_STRIDE, max_tokens // 3),
+            return_overflowing_tokens=True,
+        )
+        windows = [_begun(inputs.word_ids(window), window) for window in range(len(inputs["input_ids"]))]
+        for window, firsts in enumerate(_each_once(windows)):
+            row = {name: inputs[name][window] for name in inputs if name in tokenizer.model_input_names}
+            rows.append({**row, "labels": [IGNORED if n is None else example.target[n] for n in firsts]})
+            words.append((number, firsts))
     return Features(rows=rows, words=words)
+
+
+def _missing_space(tokenizer) -> str:
+    """A space, where words that are given one by one would be read as if none stood between them."""
+    apart = tokenizer(["a", "b"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    return "" if apart == tokenizer("a b", add_special_tokens=False)["input_ids"] else " "
+
+
+def _begun(numbers: Sequence[int | None], window: int) -> list[int | None]:
+    """The word that each position begins. The first word of a later window began in the one before it."""
+    known = next((n for n in numbers if n is not None), None) if window else None
+    pairs = zip([None, *numbers], numbers)  # noqa: B905 - one longer
+    return [n if n not in (None, before, known) else None for before, n in pairs]
+
+
+def _each_once(windows: list[list[int | None]]) -> list[list[int | None]]:
+    """Each word in one window alone."""
+    room = [{n: min(i, len(firsts) - i) for i, n in enumerate(firsts) if n is not None} for firsts in windows]
+    best = {n: max(range(len(room)), key=lambda w: room[w].get(n, -1)) for n in set().union(*room)}
+    return [[n if best.get(n) == window else None for n in firsts] for window, firsts in enumerate(windows)]
 
 
 def _encode_spans(tokenizer, examples: Sequence[Example], max_tokens: int) -> Features:
@@ -92,13 +121,14 @@ def _positions(places: list[tuple[int, int] | None], answers: Sequence[tuple[str
     text, begin = answers[0]
     end = begin + len(text)
     inside = [i for i, place in enumerate(places) if place is not None and place[0] < end and place[1] > begin]
-    if not inside or places[inside[0]][0] > begin or places[inside[-1]][1] < end:
+    context = [place for place in places if place is not None]
+    if not inside or context[0][0] > begin or context[-1][1] < end:
         return 0, 0
     return inside[0], inside[-1]
 
 
 def pad(tokenizer, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rows as one batch of tensors, as long as its longest row."""
+    """Rows as one batch of tensors, as long as its longest row; padding stands on the right."""
     import torch
 
     labels = ("labels", "start_positions", "end_positions")
@@ -108,10 +138,7 @@ def pad(tokenizer, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if name in rows[0]:
             values = [row[name] for row in rows]
             if isinstance(values[0], list):
-                side = tokenizer.padding_side
-                gaps = [[IGNORED] * (length - len(value)) for value in values]
-                pairs = zip(values, gaps, strict=True)
-                values = [value + gap if side == "right" else gap + value for value, gap in pairs]
+                values = [value + [IGNORED] * (length - len(value)) for value in values]
             batch[name] = torch.tensor(values)
     return dict(batch)
 
@@ -131,7 +158,7 @@ def answers(kind: str, output: Any, features: Features, examples: Sequence[Examp
     if kind == "regression":
         return output[:, 0].tolist(), []
     if kind == "tokens":
-        return [_tags(*row) for row in zip(output, features.words, examples, strict=True)], []
+        return _tags(output, features, examples), []
     windows: list[list[int]] = [[] for _ in examples]
     for row, (number, _) in enumerate(features.windows):
         windows[number].append(row)
@@ -144,10 +171,11 @@ def answers(kind: str, output: Any, features: Features, examples: Sequence[Examp
     return [text for text, _ in found], [margin for _, margin in found]
 
 
-def _tags(positions: np.ndarray, words: list[int | None], example: Example) -> list[int | None]:
-    """A tag a word; None for words that were cut off."""
-    tags: list[int | None] = [None] * len(example.texts)
-    for tag, word in zip(positions, words):  # noqa: B905 - padding follows
-        if word is not None:
-            tags[word] = int(tag)
+def _tags(output: Sequence[np.ndarray], features: Features, examples: Sequence[Example]) -> list[list[int | None]]:
+    """A tag a word; None for words of which the tokenizer leaves nothing."""
+    tags: list[list[int | None]] = [[None] * len(example.texts) for example in examples]
+    for positions, (number, words) in zip(output, features.words, strict=True):
+        for tag, word in zip(positions, words):  # noqa: B905 - padding follows
+            if word is not None:
+                tags[number][word] = int(tag)
     return tags

@@ -2,7 +2,8 @@
 
 Every model that is compared gets the same: the same examples, as many epochs, AdamW (weight decay 0.01) with a linear
 decay after a warm-up of 10 %, batches of 32, gradients clipped to 1. Heads are always new: one that came with the
-weights would be an advantage over those that have none. The loop is `transformers.Trainer`.
+weights would be an advantage over those that have none. (The pooler below BERT's head for texts is the model's own, if
+it has one.) Numbers are learned less their mean and over their deviation. The loop is `transformers.Trainer`.
 """
 
 import tempfile
@@ -77,6 +78,7 @@ def load_tokenizer(folder: str, kind: str):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, add_prefix_space=True)
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer in {folder} has no fast form (tokenizer.json), which the tasks need")
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
 
 
@@ -120,7 +122,7 @@ def load_model(folder: str, data: TaskData, seed: int):
 def _trainer(trial: Trial, tokenizer, data: TaskData, scratch: str):
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    rows = features.encode(tokenizer, data.train, data.task.kind, trial.max_tokens).rows
+    rows = features.encode(tokenizer, _standardised(data), data.task.kind, trial.max_tokens).rows
     steps = -(-len(rows) // BATCH_EXAMPLES) * data.task.epochs
     on_gpu = torch.cuda.is_available()
     settings = TrainingArguments(
@@ -151,6 +153,15 @@ def _trainer(trial: Trial, tokenizer, data: TaskData, scratch: str):
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _standardised(data: TaskData) -> list[Example]:
+    """What is trained on; numbers, which are scored by correlations, have mean 0 and deviation 1."""
+    if data.task.kind != "regression":
+        return data.train
+    numbers = np.array([example.target for example in data.train])
+    scaled = (numbers - numbers.mean()) / (numbers.std() or 1.0)
+    return [Example(texts=e.texts, target=float(number)) for e, number in zip(data.train, scaled, strict=True)]
 
 
 class _Scorer:
@@ -220,21 +231,26 @@ class _Scorer:
         if self._data.task.kind == "span":
             return [([text for text, _ in target], language or "en") for target in gold], found
         if self._data.task.kind == "tokens":
-            names = self._data.labels
-            outside = "O" if "O" in names else names[0]
-            tags = [[outside if tag is None else names[tag] for tag in row] for row in found]
+            names = metrics.scored_tags(self._data.labels)
+            tags = [["O" if tag is None else names[tag] for tag in row] for row in found]
             return [[names[tag] for tag in row] for row in gold], tags
         return gold, found
 
 
 def _retrieve(trial: Trial, tokenizer, data: TaskData) -> dict[str, Any]:
-    """Ranks of each text's counterpart among all, by the cosine of mean-pooled vectors, both ways."""
+    """Ranks of each text's counterpart among all texts of the other side, by the cosine of mean-pooled vectors, both
+    ways. A text that stands in several rows has a counterpart in each: the nearest counts."""
     from pipeline.tasks.vectors import embed, load_encoder, ranks
 
     model, scores = load_encoder(trial.folder), {}
     for split, examples in data.reported.items():
-        sides = [embed(model, tokenizer, [e.texts[i] for e in examples], trial.max_tokens) for i in (0, 1)]
-        found = ranks(sides[0], sides[1]) + ranks(sides[1], sides[0])
+        texts = [list(dict.fromkeys(example.texts[side] for example in examples)) for side in (0, 1)]
+        places = [{text: number for number, text in enumerate(side)} for side in texts]
+        right = torch.zeros(len(texts[0]), len(texts[1]), dtype=torch.bool)
+        for example in examples:
+            right[places[0][example.texts[0]], places[1][example.texts[1]]] = True
+        queries, documents = (embed(model, tokenizer, side, trial.max_tokens) for side in texts)
+        found = ranks(queries, documents, right) + ranks(documents, queries, right.T)
         scores[split] = {
             name: metrics.scores(name, "retrieval", [None] * len(found), found) for name in data.task.metrics
         }

@@ -8,6 +8,7 @@ A score's dependence on the test examples that happen to be there is kept as its
 paired.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,6 +56,30 @@ def _correlation(name: str) -> Metric:
         return float(getattr(stats, name)(gold, found).statistic)
 
     return score
+
+
+def scored_tags(labels: Sequence[str]) -> tuple[str, ...]:
+    """Tags as seqeval reads them, for `entity_f1`: it takes a tag's first letter for the place in the entity.
+
+    IOB1, IOB2 and IOBES stay; BILOU is the last in other letters. Types alone (`O`, `PER`, `ORG`) are entities as long
+    as they last; where there is not even `O`, each word has a tag of its own, and F1 is the share of right ones.
+
+    Raises:
+        UserError: the tags are numbers, or of several kinds.
+    """
+    types = [label for label in labels if label != "O"]
+    if all(re.fullmatch(r"[BIESLU](-.+)?", label) for label in types):
+        return tuple({"L": "E", "U": "S"}.get(label[0], label[0]) + label[1:] for label in labels)
+    if all(re.fullmatch(r".+-[BIESLU]", label) for label in types):
+        turned = (f"{label[-1]}-{label[:-2]}" if label != "O" else label for label in labels)
+        return scored_tags(tuple(turned))
+    if any(label.lstrip("-").isdecimal() for label in types):
+        raise UserError(f"the tags are numbers ({', '.join(labels[:5])}, ...): give names, such as O, B-PER, I-PER")
+    if strange := [label for label in types if re.match(r"[BIESLU]-", label)]:
+        other = next(label for label in types if label not in strange)
+        raise UserError(f"some tags are like {strange[0]} and others like {other}: give them in one form")
+    within = "I-" if len(types) < len(labels) else "S-"
+    return tuple(label if label == "O" else within + label for label in labels)
 
 
 def _entity_f1(gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> float:

@@ -19,6 +19,7 @@ from typing import Literal
 
 from data_prep.errors import UserError
 
+CONVERTED = "refs/convert/parquet"  # where the hub keeps its conversion of data sets that were programs
 Kind = Literal["text", "pair", "regression", "tokens", "span", "retrieval"]
 
 
@@ -37,7 +38,7 @@ class Task:
             `{language}` in it is one a language.
         splits: that are reported, the first of them that is there with its variants (`validation_matched`).
         languages: of the reported splits; the model is trained on `train_languages` of them.
-        train_from: task whose training split is used.
+        train_from: task whose training split is used, and whose reported one, if both are one data set of the hub.
         aliases: other names of a column, as the task's own distribution has them.
         header: columns of a table without a first line of names.
         values: other names of a label.
@@ -166,7 +167,7 @@ TASKS: dict[str, Task] = {
             name="mlqa",
             hub="facebook/mlqa",
             config="mlqa.{language}.{language}",
-            revision="refs/convert/parquet",
+            revision=CONVERTED,
             metrics=("mlqa_f1", "mlqa_exact_match"),
             splits=("test",),
             languages=("en", "es", "de", "ar", "hi", "vi", "zh"),
@@ -181,7 +182,7 @@ TASKS: dict[str, Task] = {
             labels=_ENTITIES,
             metrics=("entity_f1",),
             hub="eriktks/conll2003",
-            revision="refs/convert/parquet",
+            revision=CONVERTED,
             splits=("test",),
             aliases={"ner_tags": ("tags",)},
         ),

@@ -65,11 +65,18 @@ def qkv_vectors(qkv: QKV, attention_mask: Tensor | None) -> Tensor:
     return torch.cat([mean_over_tokens(x, attention_mask) for x in qkv], dim=1)
 
 
-def ranks(queries: Tensor, documents: Tensor) -> list[int]:
-    """From 1, the rank of each query's own document among all, by cosine; those just as near come first."""
+def ranks(queries: Tensor, documents: Tensor, right: Tensor) -> list[int]:
+    """From 1, the rank of each query's nearest right document among those that are wrong, by cosine.
+
+    Wrong ones that are just as near come first.
+
+    Args:
+        queries, documents: [queries, hidden], [documents, hidden].
+        right: [queries, documents], true where they belong together; in each row somewhere.
+    """
     scores = _unit(queries) @ _unit(documents).T
-    own = scores.diagonal().unsqueeze(1)
-    return ((scores >= own).sum(1)).tolist()
+    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    return (((scores >= best) & ~right).sum(1) + 1).tolist()
 
 
 def neighbours_in_common(one: Tensor, other: Tensor, k: int = NEAREST) -> float:

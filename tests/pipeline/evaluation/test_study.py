@@ -115,13 +115,33 @@ def test_interval_of_a_difference_covers_the_truth():
             for _ in range(4):
                 right = rng.random(400) < truth + rng.normal(0, 0.02)
                 groups = right.reshape(20, 20)  # groups stand side by side here, interleaved in a record
-                seeds.append((right.mean(), (right.sum() - groups.sum(1)) / 380))
+                seeds.append([(right.mean(), (right.sum() - groups.sum(1)) / 380)])
             tables.append(seeds)
         found = results.difference(*tables)
         hits += found.low <= 0.05 <= found.high
     assert 0.92 <= hits / 300 <= 1.0
-    one = [(0.5, np.array([0.5, 0.5]))]
+    one = [[(0.5, np.array([0.5, 0.5]))]]
     assert results.difference(one, one) == results.Difference(value=0.0, low=0.0, high=0.0)
+
+
+def test_interval_of_a_mean_over_splits_knows_the_small_one():
+    """Splits of 400 and 5 examples: the mean hangs on the small one. Of one example nothing is known."""
+    rng = np.random.default_rng(0)
+    hits, chance = 0, {400: 0.80, 5: 0.80}
+    for _ in range(300):
+        tables = []
+        for _ in range(2):
+            splits = []
+            for size, truth in chance.items():
+                right = rng.random(size) < truth
+                groups = [right[group::20] for group in range(min(20, size))]
+                splits.append((right.mean(), np.array([(right.sum() - g.sum()) / (size - len(g)) for g in groups])))
+            tables.append([splits])
+        found = results.difference(*tables)
+        hits += found.low <= 0 <= found.high
+    assert hits / 300 >= 0.9
+    lone = [[(0.5, np.array([0.5, 0.6])), (1.0, np.array([]))]]
+    assert results.difference(lone, lone).low is None
 
 
 def test_notes_say_what_the_student_keeps_and_what_was_never_fine_tuned():

@@ -252,8 +252,15 @@ BAD = {
     },
     "none of 1 rows has a label": {
         "train.jsonl": '{"text": "a", "label": 1}\n{"text": "b", "label": 2}',
-        "test.jsonl": '{"text": "a", "label": -1}',
+        "test.jsonl": '{"text": "a", "label": null}',
     },
+    "train.csv, train.jsonl all hold the same split": {
+        "train.jsonl": "",
+        "train.csv": "text,label",
+        "test.jsonl": "{}",
+    },
+    "of 3 shards of a split only train-00001-of-00003": {"train-00001-of-00003.jsonl": "", "test.jsonl": "{}"},
+    "train.old.* are both": {"train.jsonl": "", "train.old.jsonl": "", "test.jsonl": "{}"},
     "1 different values": {"train.jsonl": '{"text": "a", "label": 1}', "test.jsonl": '{"text": "a", "label": 1}'},
 }
 
@@ -263,6 +270,87 @@ def test_what_is_wrong_is_said(message, tmp_path):
     write(tmp_path / "mine", BAD[message])
     with pytest.raises(UserError, match=message):
         load(find_task("mine:text"), tmp_path)
+
+
+def test_negative_classes_of_ones_own_are_classes(tmp_path):
+    """-1 is GLUE's and the hub's word for a test row without its label, and nobody else's."""
+    rows = [{"text": f"a {i}", "label": i % 3 - 1} for i in range(30)] + [{"text": "?", "label": None}]
+    write(tmp_path / "mine", {f"{split}.jsonl": "\n".join(map(json.dumps, rows)) for split in ("train", "test")})
+    data = load(find_task("mine:text"), tmp_path)
+    assert sorted(data.labels) == ["-1", "0", "1"] and len(data.reported["test"]) == 30 and data.unlabelled == 2
+    rows = [{"sentence1": row["text"], "label": str(row["label"])} for row in rows[:30]]
+    write(tmp_path / "mine", {f"{split}.jsonl": "\n".join(map(json.dumps, rows)) for split in ("train", "test")})
+    assert {e.target for e in load(find_task("mine:regression"), tmp_path).reported["test"]} == {-1.0, 0.0, 1.0}
+
+
+def test_classes_that_datasets_wrote_as_numbers_go_by_their_names(tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Sequence, Value
+
+    tags = Sequence(ClassLabel(names=["O", "B-PER", "I-PER"]))
+    rows = {"tokens": [[f"Ada{i}", "wrote"] for i in range(9)], "ner_tags": [[1, 0]] * 9}
+    found = Dataset.from_dict(rows, features=Features({"tokens": Sequence(Value("string")), "ner_tags": tags}))
+    (tmp_path / "mine").mkdir()
+    for split in ("train", "test"):
+        found.to_parquet(tmp_path / "mine" / f"{split}.parquet")
+    data = load(find_task("mine:tokens"), tmp_path)
+    assert data.labels == ("B-PER", "O") and data.reported["test"][0].target == (0, 1)
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "mine" / "train.parquet")
+    with pytest.raises(UserError, match="tags are numbers"):
+        load(find_task("mine:tokens"), tmp_path)
+
+
+def test_only_what_is_needed_is_read_and_torn_rows_of_a_distribution_are_counted(tmp_path):
+    cola = {**DISTRIBUTED["cola"][0], "test.tsv": "index\tsentence\n0\tNobody has labelled this."}
+    write(tmp_path / "cola", cola)
+    assert len(load(find_task("cola"), tmp_path).reported["validation"]) == len(WORDS)
+    qqp = DISTRIBUTED["qqp"][0]
+    write(tmp_path / "qqp", {**qqp, "train.tsv": qqp["train.tsv"] + '"\tWas there a second line?\t0\n'})
+    data = load(find_task("qqp"), tmp_path)
+    assert data.torn == 1 and len(data.train) + len(data.selection) == len(WORDS)
+
+
+def test_translated_training_data_are_tested_on_the_same_files(tmp_path):
+    files = DISTRIBUTED["xnli"][0]
+    write(tmp_path / "xnli", files)
+    write(
+        tmp_path / "xnli-translate-train",
+        {"train.fr.tsv": files["train.fr.tsv"], "train.en.tsv": files["train.en.tsv"]},
+    )
+    assert list(load(find_task("xnli-translate-train"), tmp_path).reported) == ["test.fr", "test.sw"]
+
+
+def test_rows_in_a_list_and_words_that_look_like_comments(tmp_path):
+    rows = [{"text": f"a {i}", "label": float(i % 2)} for i in range(9)]
+    whole = [{**row, "label": int(row["label"])} for row in rows]
+    write(tmp_path / "mine", {"train.json": json.dumps(rows, indent=1), "test.json": json.dumps(whole)})
+    assert len(load(find_task("mine:text"), tmp_path).reported["test"]) == 9
+    conll = "# sent_id = 1\n# NN I-NP O\none CD I-NP B-NUM\n\n# text of another line\nAda NNP B-NP B-PER\n\n"
+    write(tmp_path / "words", {"train.conll": conll, "test.conll": conll})
+    found = load(find_task("words:tokens"), tmp_path).reported["test"]
+    assert [example.texts for example in found] == [("#", "one"), ("Ada",)]
+
+
+def test_answers_stand_where_they_are_said_to(tmp_path):
+    """White space at an edge does not count, an empty answer is none, and bytes are no characters."""
+
+    def put(text, begin, listed=False):
+        given = [{"text": text, "answer_start": begin}] if listed else {"text": [text], "answer_start": [begin]}
+        rows = [{"question": f"q{i}", "context": f"Größe: the cat {i}", "answers": given} for i in range(4)]
+        write(tmp_path / "mine", {f"{split}.jsonl": "\n".join(map(json.dumps, rows)) for split in ("train", "test")})
+        return load(find_task("mine:span"), tmp_path).reported["test"][0].target
+
+    assert put(" cat ", 10) == put("cat", 11) == put("cat", 11, listed=True) == (("cat", 11),)
+    assert put("", -1) == ()
+    with pytest.raises(UserError, match="begin at character 13"):
+        put("cat", 13)
+
+
+def test_few_texts_that_come_many_times_give_no_more_than_a_tenth(tmp_path):
+    rows = [{"sentence1": f"topic {i % 3}", "sentence2": f"b {i}", "label": i % 2} for i in range(300)]
+    write(tmp_path / "mine", {f"{split}.jsonl": "\n".join(map(json.dumps, rows)) for split in ("train", "test")})
+    data = load(find_task("mine:pair"), tmp_path)
+    assert (len(data.train), len(data.selection)) == (270, 30)
+    assert {e.texts[0] for e in data.train} == {"topic 0", "topic 1", "topic 2"}
 
 
 def test_names_of_tasks():

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from data_prep.errors import UserError
 from pipeline.tasks import metrics, spans
 
 
@@ -53,6 +54,33 @@ def test_threshold_of_no_answer_gives_the_best_f1():
     assert -1 < threshold < 2
     assert spans.no_answer_threshold(margins, found, [["x"]] * 4) == -np.inf
     assert spans.no_answer_threshold(margins, found, [[]] * 4) == np.inf
+
+
+@pytest.mark.parametrize(
+    ("gold", "found", "f1"),
+    [
+        ("ORG O PER PER O LOC", "O O PER PER O LOC", 0.8),  # types alone: one of three entities is missed
+        ("ORG O PER PER O LOC", "ORG ORG PER PER O LOC", 2 / 3),  # an entity is another one if it is longer
+        ("U-LOC U-LOC B-PER L-PER", "U-LOC O B-PER L-PER", 0.8),
+        ("S-LOC S-LOC B-PER E-PER", "S-LOC O B-PER E-PER", 0.8),
+        ("PER-B PER-I O LOC-B", "PER-B PER-I O O", 2 / 3),
+        ("B I O B", "B I O O", 2 / 3),
+        ("I-PER B-PER O I-LOC", "I-PER I-PER O I-LOC", 0.4),  # IOB1, as conlleval has it
+        ("NOUN VERB NOUN DET", "NOUN NOUN NOUN DET", 0.75),  # a tag for each word: the share of right ones
+    ],
+)
+def test_entities_in_every_way_to_write_them(gold, found, f1):
+    gold, found = gold.split(), found.split()
+    labels = sorted({*gold, *found})
+    tags = dict(zip(labels, metrics.scored_tags(labels), strict=True))
+    made = metrics.scores("entity_f1", "tokens", [[tags[tag] for tag in gold]], [[tags[tag] for tag in found]])
+    assert made["value"] == pytest.approx(f1)
+
+
+def test_tags_that_are_none_are_refused():
+    for labels, message in ((["0", "1"], "numbers"), (["O", "B-PER", "ORG"], "B-PER and others like ORG")):
+        with pytest.raises(UserError, match=message):
+            metrics.scored_tags(labels)
 
 
 def test_scores_and_their_jackknife():

@@ -16,8 +16,11 @@ def test_probe_separates_what_is_separable_and_nothing_else():
 
 def test_ranks_and_neighbours_of_vectors():
     vectors = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    assert ranks(vectors, 3 * vectors) == [1] * 50
-    assert ranks(vectors, torch.ones(50, 8)) == [50] * 50  # all as near as the right one: no merit
+    own = torch.eye(50, dtype=torch.bool)
+    assert ranks(vectors, 3 * vectors, own) == [1] * 50
+    assert ranks(vectors, torch.ones(50, 8), own) == [50] * 50  # all as near as the right one: no merit
+    three = torch.arange(50) // 3 == torch.arange(17).unsqueeze(1)  # three texts to each of 17
+    assert ranks(vectors[::3], vectors, three) == [1] * 17 and ranks(vectors, vectors[::3], three.T)[::3] == [1] * 17
     assert neighbours_in_common(vectors, 2 * vectors + 1) == 1
     other = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
     assert neighbours_in_common(vectors, other) < 0.4
