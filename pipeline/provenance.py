@@ -22,11 +22,13 @@ _NOTICES = re.compile(r"(?i)(licen[cs]e|notice|copying)([.-][a-z0-9.-]+)?")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _SNAPSHOT = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\][0-9a-f]+$")  # a folder of the hub's own cache
 
-# What the hub calls a licence, and phrases that its text holds, all of them; the first row that fits counts.
-_LICENCES = (
+# What the hub calls a licence, and phrases that its text begins with, all of them: further on licences name each other.
+_TITLE_CHARACTERS = 400
+_TITLES = (
     ("apache-2.0", ("apache license", "version 2.0")),
     ("agpl-3.0", ("gnu affero general public license", "version 3")),
     ("lgpl-3.0", ("gnu lesser general public license", "version 3")),
+    ("lgpl-2.1", ("gnu lesser general public license", "version 2.1")),
     ("gpl-3.0", ("gnu general public license", "version 3")),
     ("gpl-2.0", ("gnu general public license", "version 2")),
     ("mpl-2.0", ("mozilla public license", "version 2.0")),
@@ -34,6 +36,9 @@ _LICENCES = (
     ("cc-by-nc-4.0", ("attribution-noncommercial 4.0",)),
     ("cc-by-sa-4.0", ("attribution-sharealike 4.0",)),
     ("cc-by-4.0", ("attribution 4.0 international",)),
+)
+# The same for licences without a title; the phrases may stand anywhere.
+_TEXTS = (
     ("bsd-3-clause", ("redistribution and use in source and binary forms", "neither the name")),
     ("bsd-2-clause", ("redistribution and use in source and binary forms",)),
     ("mit", ("permission is hereby granted, free of charge", "the above copyright notice")),
@@ -189,17 +194,19 @@ def _license(folder: Path | None, notices: dict[str, bytes]) -> tuple[str, str, 
     """The hub's name of a licence, and name and link of one that it has no name for: of the card, or of the text."""
     card = _front_matter(folder / "README.md") if folder else {}
     given = card.get("license")
-    if isinstance(given, list) and len(given) == 1:
-        given = given[0]
-    if isinstance(given, str) and given and given != "unknown":
+    if isinstance(given, list) and given:
+        given, card = (given[0], card) if len(given) == 1 else ("other", {"license_name": ", ".join(map(str, given))})
+    given = given.lower() if isinstance(given, str) else ""
+    if given and given != "unknown":
         other = [str(card.get(name) or "") for name in ("license_name", "license_link")]
         return (given, *other) if given == "other" else (given, "", "")
     texts = {name: content for name, content in notices.items() if not name.lower().startswith("notice")}
     for content in texts.values():
         words = " ".join(content.decode("utf-8", "replace").lower().split())
-        for name, phrases in _LICENCES:
-            if all(phrase in words for phrase in phrases):
-                return name, "", ""
+        for rows, part in ((_TITLES, words[:_TITLE_CHARACTERS]), (_TEXTS, words)):
+            for name, phrases in rows:
+                if all(phrase in part for phrase in phrases):
+                    return name, "", ""
     return ("other", "see-file", next(iter(texts))) if texts else ("", "", "")
 
 

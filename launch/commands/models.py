@@ -12,13 +12,17 @@ from launch.commands.console import console
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--step", type=click.IntRange(min=1), help="Of the checkpoint; the newest whole one by default.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; RUN/export by default.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
-@click.option("--sentence-transformers", is_flag=True, help="Add what that library wants, with mean pooling.")
-@click.option("--onnx", is_flag=True, help="Add ONNX files in fp32 and int8, compared and timed (extra `onnx`).")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the weights.  [default: fp32]")
+@click.option(
+    "--sentence-transformers/--no-sentence-transformers", default=None, help="What that library wants, mean pooling."
+)
+@click.option("--onnx/--no-onnx", default=None, help="ONNX in fp32 and int8, compared and timed (extra `onnx`).")
 @click.option("--push-to-hub", metavar="REPO", help="Upload to NAME or OWNER/NAME on the hub, private if it is new.")
 @click.option("--public", is_flag=True, help="With --push-to-hub: a new repository can be seen by all.")
 def export(run: Path, step: int | None, out: Path | None, push_to_hub: str | None, public: bool, **options) -> None:
     """Turn a run's checkpoint into a Hugging Face folder with model, tokenizer, licence and model card.
+
+    Exported again, a folder holds what it held before, unless something else is said.
 
     \b
     Examples:
@@ -36,7 +40,7 @@ def export(run: Path, step: int | None, out: Path | None, push_to_hub: str | Non
         hub.check_name(push_to_hub)
     finished = FinishedRun.open(run, step)
     folder = exporter.export(finished, out, exporter.Options(**options))
-    click.echo(f"step {finished.record.step} of {run} -> {folder}")
+    click.echo(f"step {finished.record.step} of {run} -> {folder} ({exporter.contents(folder)})")
     for remark in exporter.remarks(finished, folder):
         console().print(remark)
     if push_to_hub:

@@ -28,6 +28,12 @@ _RECIPE_OPTIONS = [
 ]
 
 
+def _picture(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and path.suffix != ".svg":
+        raise click.BadParameter(f"{path}: the picture is an SVG, so give a name that ends in .svg")
+    return path
+
+
 def recipe_options(command):
     for option in reversed(_RECIPE_OPTIONS):
         command = option(command)
@@ -86,7 +92,7 @@ def distill(recipes, vary, ds_config, resume, overrides, num_gpus, max_restarts,
     help="Gbit/s of each device to other machines.",
 )
 @click.option("--price", type=click.FloatRange(min=0), help="Of a GPU-hour.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Picture of the scaling curve, .svg.")
+@click.option("--plot", type=click.Path(path_type=Path), callback=_picture, help="Scaling curve, .svg.")
 @click.option("--write", type=click.Path(path_type=Path), help="The chosen DeepSpeed configuration, .json.")
 @click.option("--json", "as_json", type=click.Path(path_type=Path), help="All of it as values.")
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
@@ -108,7 +114,9 @@ def plan(recipes, overrides, price, plot, write, as_json, **options) -> None:
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option("--plot", type=click.Path(path_type=Path), help="Picture of the losses against tokens and time, .svg.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), callback=_picture, help="Losses against tokens and time, .svg."
+)
 def compare(runs: tuple[Path, ...], plot: Path | None) -> None:
     """Say in what runs differ, and what came of it.
 

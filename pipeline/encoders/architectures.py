@@ -140,9 +140,20 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
+PLAIN_CALLS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False, "torchscript": False}
+
+
 def without_pooler(config: PretrainedConfig) -> dict[str, bool]:
     """Arguments that keep the constructor of the encoder from adding a pooler, which nothing here trains or reads."""
     return {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
+
+
+def plain_calls(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration itself, without what its owner asks of every call: tuples, hidden states, attentions."""
+    for name, value in PLAIN_CALLS.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    return config
 
 
 def position_limit(config: PretrainedConfig) -> int:

@@ -18,7 +18,7 @@ import torch
 
 from data_prep.errors import UserError, first_line
 from pipeline.encoders import student_init
-from pipeline.encoders.architectures import architecture_of, position_limit, without_pooler
+from pipeline.encoders.architectures import architecture_of, plain_calls, position_limit, without_pooler
 from pipeline.encoders.encoder import RelationEncoder
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def teacher_config(model: str, trust_remote_code: bool = False) -> PretrainedCon
             "Give a local folder or the id of a model on the hub."
         ) from error
     architecture_of(config)
-    return config
+    return plain_calls(config)
 
 
 def load_teacher(

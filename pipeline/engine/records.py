@@ -87,7 +87,8 @@ def find(folder: Path, resume: str, *, log: Callable[[str], None] = print) -> Re
             raise UserError(f"--resume takes auto, never or a step, not {resume!r}")
         wanted = tag_of(int(resume))
         if problem := why_torn(folder / wanted):
-            raise UserError(f"cannot resume from step {resume}: {problem}")
+            whole = ", ".join(map(str, whole_steps(folder))) or "none"
+            raise UserError(f"step {resume} cannot be used: {problem}. Whole checkpoints: {whole}")
         return read_record(folder / wanted)
     for tag in tags:
         problem = why_torn(folder / tag)
@@ -96,7 +97,7 @@ def find(folder: Path, resume: str, *, log: Callable[[str], None] = print) -> Re
         log(f"passing over the checkpoint {tag}: {problem}")
     if tags:
         raise UserError(
-            f"no checkpoint in {folder} is whole. Remove the folder to start anew, or use another run.output."
+            f"no checkpoint in {folder} is whole: copy it again if it was copied, or start anew in another run.output"
         )
     return None
 

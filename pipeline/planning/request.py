@@ -102,8 +102,6 @@ def deliver(
     as_json: Path | None,
 ) -> None:
     """Print the plan and write what is wanted of it; a UserError at the end where nothing fits."""
-    if plot is not None and plot.suffix != ".svg":
-        raise UserError(f"--plot {plot}: the picture is an SVG, so give a name that ends in .svg")
     for part in report.tables(plan, price):
         console.print(part, highlight=False)
     if as_json is not None:

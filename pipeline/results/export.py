@@ -17,7 +17,8 @@ from pipeline.training.run_folder import EXPORT, MODEL, FinishedRun
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What an exported folder holds beside the model, its tokenizer, licence and card.
+    """What an exported folder holds beside the model, its tokenizer, licence and card. None: what an earlier export
+    there held, else fp32 and nothing more.
 
     Attributes:
         dtype: of the weights: fp32, bf16 or fp16.
@@ -25,12 +26,12 @@ class Options:
         onnx: ONNX files, made of the weights in fp32.
     """
 
-    dtype: str = "fp32"
-    sentence_transformers: bool = False
-    onnx: bool = False
+    dtype: str | None = None
+    sentence_transformers: bool | None = None
+    onnx: bool | None = None
 
 
-def export(run: FinishedRun, out: Path | None = None, options: Options | None = None) -> Path:
+def export(run: FinishedRun, out: Path | None = None, options: Options = Options()) -> Path:  # noqa: B008 - frozen
     """Write the student of a checkpoint as a folder for `AutoModel` and `AutoTokenizer`; returns the folder.
 
     The folder appears at once, when it is whole. An earlier export of the same run is replaced; files that somebody has
@@ -39,15 +40,17 @@ def export(run: FinishedRun, out: Path | None = None, options: Options | None = 
     Args:
         run: the run and its checkpoint.
         out: the folder; `export/` of the run if absent.
-        options: what it holds; None: what the earlier export there held.
+        options: what it holds.
 
     Raises:
-        UserError: `out` holds something else than an earlier export of this run, or one that was changed by hand.
+        UserError: `out` holds something else than an earlier export of this run, or one that was changed by hand, or
+            cannot be put in its place.
         OSError: the disk is full, or does not let the folder be moved; nobody's files are lost.
     """
     out = (out or run.folder / EXPORT).resolve()
+    folder.check_place(out)
     folder.check_replaceable(out, run.name)
-    options = options or _options_of(out)
+    options = _completed(options, out)
     if options.onnx:
         onnx_files.require()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +128,7 @@ def _write(run: FinishedRun, out: Path, options: Options, scores: dict[str, Any]
     dtype = huggingface.DTYPES[options.dtype]
     huggingface.write_tokenizer(run.folder / MODEL, out, seq_tokens=run.recipe.data.seq_tokens)
     huggingface.write_model(student.backbone, out, dtype=dtype)
-    huggingface.check_reload(student.backbone, out, dtype=dtype)
+    huggingface.check_reload(student.backbone, run.folder / MODEL, out, dtype=dtype)
     facts = _formats(run, student, out, options)
     for name, content in notices.items():
         durable.write(out / name, content)
@@ -157,11 +160,20 @@ def _write_card(run: FinishedRun, out: Path, origin: Provenance, facts: card.Fac
         durable.write(out / card.SCORES, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
 
 
-def _options_of(out: Path) -> Options:
+def _completed(options: Options, out: Path) -> Options:
+    """With what was not asked for as the earlier export has it."""
     facts = card.read_facts(folder.read_marker(out))
-    if facts is None:
-        return Options()
-    return Options(dtype=facts.dtype, sentence_transformers=facts.sentence_transformers, onnx=bool(facts.onnx))
+    before = (facts.dtype, facts.sentence_transformers, bool(facts.onnx)) if facts else ("fp32", False, False)
+    asked = (options.dtype, options.sentence_transformers, options.onnx)
+    dtype, embedder, onnx = (b if a is None else a for a, b in zip(asked, before, strict=True))
+    return Options(dtype=dtype, sentence_transformers=embedder, onnx=onnx)
+
+
+def contents(out: Path) -> str:
+    """What an exported folder holds, in words."""
+    facts = card.read_facts(folder.read_marker(out))
+    more = {"sentence-transformers": facts.sentence_transformers, "ONNX": bool(facts.onnx)} if facts else {}
+    return ", ".join([facts.dtype if facts else "", *(name for name, there in more.items() if there)])
 
 
 def _scores_to_keep(run: FinishedRun, out: Path) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def model_card(run: FinishedRun, origin: Provenance, facts: Facts, scores: dict[
         "An encoder distilled with [MiniLMv2](https://arxiv.org/abs/2012.15828) (multi-head self-attention relation\n"
         "distillation) by minilmv2-deepspeed. Fine-tune it as any encoder of its architecture.",
         _table(("", ""), _facts(run, origin, facts).items()),
-        _untrained(recipe.student.tail_init, facts),
+        _untrained(recipe.student.init, recipe.student.tail_init, facts),
         _licence(origin),
         _scores(results, scores.get("measures", {})),
         _formats(facts),
@@ -195,10 +195,14 @@ def _facts(run: FinishedRun, origin: Provenance, facts: Facts) -> dict[str, str]
     return lines
 
 
-def _untrained(tail_init: str, facts: Facts) -> str:
+def _untrained(init: str, tail_init: str, facts: Facts) -> str:
+    made = {"slice": "taken from a layer of the teacher", "pca": "projected from a layer of the teacher"}
+    origin = (
+        "zero, so that they change nothing" if tail_init == "identity" else made.get(init.partition(":")[0], "random")
+    )
     text = (
         "The loss reaches the queries, keys and values of the last layer. What stands behind them in that layer (its\n"
-        f"attention output and feed-forward: {facts.tail_tensors} tensors, as {tail_init} initialisation left them)\n"
+        f"attention output and feed-forward: {facts.tail_tensors} tensors, {origin})\n"
         "was not trained and expects fine-tuning."
     )
     if facts.pooler:

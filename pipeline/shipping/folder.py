@@ -15,7 +15,7 @@ from data_prep.errors import UserError
 
 MARKER = "minilm-export.json"
 _KIND = "minilmv2-deepspeed export"
-_ASIDE, _LOCK = ".export-", "lock"
+_ASIDE, _LOCK = ".minilm-export-", "lock"
 
 
 def mark(folder: Path, names: Iterable[str], *, run: str, step: int, facts: dict[str, Any]) -> None:
@@ -86,6 +86,25 @@ def check_replaceable(out: Path, run: str) -> list[str]:
     return others
 
 
+def check_place(out: Path) -> None:
+    """Refuse a folder that could not be put in its place by renaming.
+
+    Raises:
+        UserError: it is a mount, the shell stands in it, or nothing can be made beside it.
+    """
+    if os.path.ismount(out):
+        raise UserError(
+            f"{out} is a mount and cannot be replaced by renaming: give a folder in it, such as {out}/student"
+        )
+    if Path.cwd().is_relative_to(out):
+        raise UserError(f"you are in {out}, which would be replaced: go elsewhere first, or give another --out")
+    above = next(path for path in out.parents if path.exists())
+    if above.is_dir() and not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(
+            f"nothing can be written in {above}, where {out.name} is put together and renamed: give another --out"
+        )
+
+
 def _told_apart(folder: Path, ours: Iterable[str], below: str = "") -> tuple[list[str], list[str]]:
     """Names of what an export has written, and of what others have put beside it; by what is there, not by a marker
     that may name files elsewhere. A folder that holds nothing of the export's is one name."""
@@ -107,7 +126,7 @@ def aside(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write in, held by a lock; what exports that were killed have left there is put right.
 
     Whoever was killed between moving an earlier export away and putting the new one in its place finds the earlier one
-    where it was.
+    where it was; who was killed just after that, what lay beside it.
     """
     for left in out.parent.glob(f"{_ASIDE}*"):
         with contextlib.suppress(OSError), (left / _LOCK).open() as lock:
@@ -115,8 +134,10 @@ def aside(out: Path) -> Iterator[Path]:
             place = out.parent / lock.read()
             if (left / "old").exists() and not place.exists():
                 (left / "old").rename(place)
-            if not (left / "old").exists():
-                shutil.rmtree(left)
+            elif read_marker(place).get("run") == read_marker(left / "old").get("run", ""):
+                _, beside = _told_apart(left / "old", read_marker(left / "old")["files"])
+                _move([name for name in beside if not (place / name).exists()], left / "old", place)
+            _clear(left)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=_ASIDE))
     try:
         with (scratch / _LOCK).open("w") as lock:
@@ -126,11 +147,23 @@ def aside(out: Path) -> Iterator[Path]:
             lock.flush()
             yield scratch
     finally:
-        shutil.rmtree(scratch / "model", ignore_errors=True)
-        remove(scratch / "old")
+        _clear(scratch)
+
+
+def _clear(scratch: Path) -> None:
+    """Remove what an export has put aside, and nothing else."""
+    shutil.rmtree(scratch / "model", ignore_errors=True)
+    remove(scratch / "old")
+    if not (scratch / "old").exists():
         with contextlib.suppress(OSError):
             (scratch / _LOCK).unlink()
             scratch.rmdir()
+
+
+def _move(names: Iterable[str], source: Path, target: Path) -> None:
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).rename(target / name)
 
 
 def swap(fresh: Path, out: Path, old: Path, run: str) -> None:
@@ -149,9 +182,7 @@ def swap(fresh: Path, out: Path, old: Path, run: str) -> None:
         out.rename(old)
     try:
         fresh.rename(out)
-        for name in beside:
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            (old / name).rename(out / name)
+        _move(beside, old, out)
     except OSError:
         if not out.exists():
             old.rename(out)

@@ -44,7 +44,7 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
         )
     except Exception as error:  # no network, no login, no right, no room: the library has a kind of its own for each
         raise UserError(
-            f"{folder} is whole, but was not pushed to {repository}: {first_line(error)}. Log in with `hf auth login` "
-            "or set HF_TOKEN"
+            f"{folder} is whole, but was not pushed to {repository}: {first_line(error)}. If it is a "
+            "matter of rights, log in with `hf auth login` or set HF_TOKEN; the same command tries again"
         ) from error
     return commit.commit_url

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from data_prep import durable
 from data_prep.errors import UserError
-from pipeline.encoders.architectures import architecture_of
+from pipeline.encoders.architectures import PLAIN_CALLS, architecture_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -29,7 +29,9 @@ _FOREIGN_FIELDS = (
     *("classifier_dropout", "seq_classif_dropout", "qa_dropout", "pooler_dropout", "pooler_hidden_act"),
     *("summary_type", "summary_use_proj", "summary_activation", "summary_last_dropout", "summary_hidden_size"),
     *("classifier_pooling", "classifier_bias", "classifier_activation", "sparse_prediction", "_name_or_path"),
-    *("sentence_transformers", "quantization_config", "auto_map", "gradient_checkpointing"),
+    *("sentence_transformers", "sbert_ce_default_activation_function", "_num_labels", "label_names", "adapters"),
+    *("quantization_config", "auto_map", "gradient_checkpointing", "output_past", "tokenizer_class"),
+    *("max_seq_length", "model_max_length", *PLAIN_CALLS),
 )
 # What a tokenizer's settings say of one machine, one call or one use.
 _FOREIGN_SETTINGS = (
@@ -65,7 +67,7 @@ def write_model(backbone: "PreTrainedModel", folder: Path, *, dtype: torch.dtype
     if infinite:
         raise UserError(
             f"{len(infinite)} weights are not finite numbers in {dtype}, such as those of {infinite[0]}; nothing was "
-            "written. Choose fp32 or bf16."
+            f"written. {'Choose fp32 or bf16' if dtype == torch.float16 else 'Take an earlier checkpoint with --step'}."
         )
     try:
         model.save_pretrained(folder)
@@ -111,7 +113,12 @@ def write_tokenizer(source: Path, folder: Path, *, seq_tokens: int) -> None:
         source: folder of the tokenizer; a configuration in it is not copied.
         folder: where they go.
         seq_tokens: the longest input, as the student was trained.
+
+    Raises:
+        UserError: a file is damaged, or there is no vocabulary.
     """
+    if not (source / "tokenizer.json").is_file():
+        raise UserError(f"{source / 'tokenizer.json'} is missing: copy the run again")
     for path in sorted(path for path in source.iterdir() if path.is_file() and path.name != "config.json"):
         content = path.read_bytes()  # not the modes of a run that may be read-only
         if path.name == "tokenizer_config.json":
@@ -124,6 +131,10 @@ def write_tokenizer(source: Path, folder: Path, *, seq_tokens: int) -> None:
 def _clean_settings(seq_tokens: int):
     def cleaned(settings: dict[str, Any]) -> dict[str, Any]:
         kept = {name: value for name, value in settings.items() if name not in _FOREIGN_SETTINGS}
+        if kept.get("tokenizer_class") == "TokenizersBackend":  # as transformers 5 writes what 4 knows by another name
+            kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(kept.get("extra_special_tokens"), list):
+            kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
         return {**kept, "model_max_length": seq_tokens}
 
     return cleaned
@@ -136,11 +147,17 @@ def _edited(path: Path, content: bytes, edit) -> str:
         raise UserError(f"{path} is damaged ({error}): copy the run again") from None
 
 
-def check_reload(backbone: "PreTrainedModel", folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """The folder must give back the same model: the same weights, nothing missing, and in fp32 the same output."""
+def check_reload(
+    backbone: "PreTrainedModel", tokenizer: Path, folder: Path, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """The folder must give back the same model: the same weights, nothing missing, and in fp32 the same output; and a
+    tokenizer with the vocabulary and special tokens of the one in the folder `tokenizer`."""
     from transformers import AutoModel, AutoTokenizer
 
-    tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(_PROBE, return_tensors="pt")
+    mine, given = (AutoTokenizer.from_pretrained(place, trust_remote_code=False) for place in (folder, tokenizer))
+    if (mine.get_vocab(), sorted(mine.all_special_ids)) != (given.get_vocab(), sorted(given.all_special_ids)):
+        raise RuntimeError(f"the tokenizer read back from {folder} differs from the one in {tokenizer}")
+    tokens = mine(_PROBE, return_tensors="pt")
     theirs, report = AutoModel.from_pretrained(folder, trust_remote_code=False, output_loading_info=True)
     if problems := {name: found for name, found in report.items() if found}:
         raise RuntimeError(f"the model in {folder} does not load whole: {problems}")

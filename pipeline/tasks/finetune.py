@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from data_prep.errors import UserError, first_line
+from pipeline.encoders.architectures import plain_calls
 from pipeline.tasks import features, metrics, spans
 from pipeline.tasks.examples import Example, TaskData
 
@@ -100,10 +101,15 @@ def load_model(folder: str, data: TaskData, seed: int):
         head["problem_type"] = "single_label_classification"
     set_seed(seed)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **head)
+        config = plain_calls(AutoConfig.from_pretrained(folder, trust_remote_code=False, **head))
         model = auto.from_config(config, dtype=torch.float32)
         encoder, report = AutoModel.from_pretrained(
-            folder, trust_remote_code=False, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            folder,
+            config=config,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot fine-tune {folder} on {data.task.name}: {first_line(error)}") from error

@@ -16,12 +16,12 @@ def load_encoder(folder: str, trust_remote_code: bool = False):
     """A model as it is, in fp32 and eval mode, without a pooler, on the GPU if there is one."""
     from transformers import AutoConfig, AutoModel
 
-    from pipeline.encoders.architectures import ARCHITECTURES, without_pooler
+    from pipeline.encoders.architectures import ARCHITECTURES, plain_calls, without_pooler
 
     trust = dict(trust_remote_code=trust_remote_code)
-    config = AutoConfig.from_pretrained(folder, **trust)
+    config = plain_calls(AutoConfig.from_pretrained(folder, **trust))
     bare = without_pooler(config) if config.model_type in ARCHITECTURES else {}
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32, **trust, **bare)
+    model = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, **trust, **bare)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

@@ -18,7 +18,7 @@ from data_prep.errors import UserError, first_line
 from data_prep.shards import Corpus
 from pipeline import provenance
 from pipeline.config import Recipe
-from pipeline.encoders.architectures import without_pooler
+from pipeline.encoders.architectures import plain_calls, without_pooler
 from pipeline.encoders.models import RelationEncoder
 from pipeline.engine import checkpoint, records
 from pipeline.engine.placement import teacher_fingerprint
@@ -175,7 +175,7 @@ class FinishedRun:
         from transformers import AutoConfig, AutoModel
 
         try:
-            config = AutoConfig.from_pretrained(self.folder / MODEL, trust_remote_code=False)
+            config = plain_calls(AutoConfig.from_pretrained(self.folder / MODEL, trust_remote_code=False))
             encoder = RelationEncoder(AutoModel.from_config(config, trust_remote_code=False, **without_pooler(config)))
             weights = checkpoint.read_weights(self.folder / CHECKPOINTS / records.tag_of(self.record.step))
             encoder.load_state_dict(weights, strict=True)

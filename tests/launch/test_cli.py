@@ -104,7 +104,7 @@ def test_inspect_shows_corpora_and_runs(runs, corpus_folder, tmp_path):
 
 def test_export_and_evaluate_name_what_is_missing(runs, tmp_path):
     refused(minilm("export", tmp_path), "is not the folder of a run")
-    refused(minilm("export", runs.unbroken, "--step", "4"), "cannot resume from step 4")
+    refused(minilm("export", runs.unbroken, "--step", "4"), "step 4 cannot be used")
     refused(minilm("evaluate", runs.unbroken, "--probe", tmp_path / "none.jsonl"), "there is no probe file")
     assert not (runs.unbroken / "export").exists()
     refused(minilm("export"), "Missing argument")

@@ -54,6 +54,19 @@ def test_licence_of_the_card_or_of_the_text(teacher, corpus, tmp_path):
     assert license_of(README_md="---\nlicense: [mit]\n---\n").license == "mit"
     assert license_of(README_md="# no front matter", COPYING=mit).license == "mit"
     assert license_of(README_md="---\n: [\n---\n", NOTICE="Permission is hereby granted").license == ""
+    both = license_of(README_md="---\nlicense: [Apache-2.0, mit]\n---\n")
+    assert (both.license, both.license_name) == ("other", "Apache-2.0, mit")
+    assert license_of(README_md="---\nlicense: Apache-2.0\n---\n").license == "apache-2.0"
+    preamble = "Everyone is permitted to copy and distribute verbatim copies of this license document. " * 5
+    later = f"{preamble} GNU Affero General Public License version 3, GNU General Public License version 2"
+    for name, title in {
+        "gpl-3.0": "GNU GENERAL PUBLIC LICENSE\n  Version 3, 29 June 2007",
+        "mpl-2.0": "Mozilla Public License Version 2.0\n=====",
+        "lgpl-2.1": "GNU LESSER GENERAL PUBLIC LICENSE\n Version 2.1, February 1999",
+        "agpl-3.0": "GNU AFFERO GENERAL PUBLIC LICENSE\n Version 3, 19 November 2007",
+        "other": "CC0 1.0 Universal",
+    }.items():
+        assert license_of(LICENSE=f"{title}\n{later}").license == name  # licences name each other further on
     own = license_of(LICENSE="Only on Tuesdays.")
     assert (own.license, own.license_name, own.license_link) == ("other", "see-file", "LICENSE")
     named = license_of(README_md="---\nlicense: other\nlicense_name: gemma\nlicense_link: https://x.org/y\n---\n")

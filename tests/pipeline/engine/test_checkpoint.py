@@ -36,7 +36,7 @@ def test_a_torn_one_is_named_and_passed_over(checkpoints, damage):
     lines = []
     assert records.find(checkpoints, "auto", log=lines.append).step == 3
     assert len(lines) == 1 and "step-00000006" in lines[0]
-    with pytest.raises(UserError, match="cannot resume from step 6"):
+    with pytest.raises(UserError, match="step 6 cannot be used"):
         records.find(checkpoints, "6")
 
 
@@ -146,7 +146,7 @@ def test_fresh_starts(checkpoints, tmp_path):
     assert records.find(tmp_path / "nothing", "never") is None
     with pytest.raises(UserError, match="would write over it"):
         records.find(checkpoints, "never")
-    with pytest.raises(UserError, match="cannot resume from step 5"):
+    with pytest.raises(UserError, match="step 5 cannot be used"):
         records.find(checkpoints, "5")
     with pytest.raises(UserError, match="auto, never or a step"):
         records.find(checkpoints, "newest")

@@ -87,7 +87,7 @@ def test_nothing_else_is_replaced(runs, samples, tmp_path):
         with pytest.raises(UserError, match="nothing was written"):
             export(run, folder)
         assert _contents(folder) == before
-    assert not list(tmp_path.glob(".export-*"))
+    assert not list(tmp_path.glob(".minilm-export-*"))
 
 
 def test_what_is_put_there_while_the_model_is_made_stays_too(runs, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from data_prep.errors import UserError
 from pipeline.provenance import FOLDER, RECORD
-from pipeline.results.export import Options, add_scores, export, exported
+from pipeline.results.export import Options, add_scores, contents, export, exported
 from pipeline.shipping import folder
 from pipeline.training.run_folder import FinishedRun
 
@@ -101,6 +102,8 @@ def test_an_export_is_used_again_only_if_it_is_whole(runs, tmp_path):
     assert exported(run) == out and weights.stat().st_ino == first
     weights.unlink()
     assert exported(run) == out and AutoModel.from_pretrained(out).dtype == torch.bfloat16  # made as it was
+    assert contents(export(run, options=Options(sentence_transformers=True))) == "bf16, sentence-transformers"
+    assert contents(export(run, options=Options(dtype="fp32", sentence_transformers=False))) == "fp32"
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -151,7 +154,7 @@ def test_what_a_killed_export_has_left_is_put_right(tmp_path):
         with folder.aside(out):  # another export at the same time leaves it alone
             assert (scratch / "model").is_dir()
     assert list(tmp_path.iterdir()) == [] and lock == "out"
-    torn, between = tmp_path / ".export-torn", tmp_path / ".export-between"
+    torn, between = tmp_path / ".minilm-export-torn", tmp_path / ".minilm-export-between"
     for left, inside in ((torn, "model"), (between, "old")):
         (left / inside).mkdir(parents=True)
         (left / "lock").write_text("out")
@@ -161,8 +164,48 @@ def test_what_a_killed_export_has_left_is_put_right(tmp_path):
         assert (out / "notes.txt").read_text() == "old"  # the earlier export, with what lay beside it
     (between / "old").mkdir(parents=True)
     (between / "lock").write_text("out")
+    (between / "old" / "notes.txt").write_text("another's")
     with folder.aside(out):
         assert between.exists()  # both are there: nobody but the user can tell what is in it
+    assert (between / "old" / "notes.txt").read_text() == "another's"
+
+
+def test_what_lay_beside_an_export_that_was_killed_at_the_last_moment_is_put_back(tmp_path):
+    out, left = tmp_path / "out", tmp_path / ".minilm-export-x"
+    for root in (out, left / "old"):
+        root.mkdir(parents=True)
+        (root / "config.json").write_text(root.name)
+        folder.mark(root, ["config.json"], run="a", step=1, facts={})
+    (left / "lock").write_text("out")
+    (left / "old" / "figs").mkdir()
+    (left / "old" / "figs" / "loss.svg").write_text("mine")
+    with folder.aside(out):
+        assert (out / "figs" / "loss.svg").read_text() == "mine" and not left.exists()
+        assert (out / "config.json").read_text() == "out"
+
+
+def test_folders_of_others_beside_an_export_are_no_leftovers(tmp_path):
+    for name in (".export-photos", ".minilm-export-photos"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").write_text("x")
+        (tmp_path / name / "a.jpg").write_text("mine")
+    with folder.aside(tmp_path / "out"):
+        pass
+    assert len(list(tmp_path.glob("*/a.jpg"))) == 2
+
+
+def test_a_place_where_no_folder_can_be_renamed_is_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "out" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out" / "deep")
+    with pytest.raises(UserError, match="you are in"):
+        folder.check_place(tmp_path / "out")
+    folder.check_place(tmp_path / "out" / "deep" / "new")
+    for mount in ("/proc", "/sys"):
+        with pytest.raises(UserError, match="is a mount"):
+            folder.check_place(Path(mount))
+    monkeypatch.setattr(folder.os, "access", lambda *asked: False)  # which root is never told by a folder's mode
+    with pytest.raises(UserError, match="nothing can be written in"):
+        folder.check_place(tmp_path / "new" / "deeper")
 
 
 def test_folders_inside_of_an_export_are_its_own_file_by_file(tmp_path):

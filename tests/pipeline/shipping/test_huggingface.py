@@ -1,6 +1,7 @@
 """Students of every architecture, as the field's classes load and fine-tune them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from data_prep.errors import UserError
 from pipeline.encoders.architectures import ARCHITECTURES
 from pipeline.encoders.models import StudentShape, build_student, teacher_config
 from pipeline.shipping import huggingface
+from pipeline.tasks.vectors import load_encoder
 from tests import toy
 from tests.pipeline.encoders.test_models import EXTRA
 
@@ -49,7 +51,7 @@ def make_student(teacher, folder):
     student = build_student(StudentShape.parse("2x24", heads=4), teacher_config(str(teacher))).eval()
     huggingface.write_tokenizer(teacher, folder, seq_tokens=32)
     huggingface.write_model(student.backbone, folder)
-    huggingface.check_reload(student.backbone, folder)
+    huggingface.check_reload(student.backbone, teacher, folder)
     return student
 
 
@@ -89,4 +91,34 @@ def test_a_folder_that_differs_is_noticed(teachers, tmp_path):
     with torch.no_grad():
         student.backbone.encoder.layer[1].output.dense.bias[0] += 1
     with pytest.raises(RuntimeError, match="differs from the one written"):
-        huggingface.check_reload(student.backbone, tmp_path)
+        huggingface.check_reload(student.backbone, teachers("roberta"), tmp_path)
+
+
+def test_what_a_teacher_asks_of_every_call_is_not_the_students(samples, tmp_path):
+    """Tuples for outputs would end the export, attentions the training, hidden states fill the consumer's memory."""
+    folder = toy.make_teacher(tmp_path / "teacher", toy.first_texts(samples.leads(), 50))
+    config = json.loads((folder / "config.json").read_text())
+    asked = dict(return_dict=False, output_hidden_states=True, output_attentions=True, model_max_length=77)
+    (folder / "config.json").write_text(json.dumps(config | asked))
+    make_student(folder, tmp_path / "student")
+    written = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert not set(asked) & set(written)
+    assert load_encoder(str(folder)).config.return_dict
+
+
+def test_a_tokenizer_is_written_in_words_that_older_libraries_know_and_never_without_its_vocabulary(teachers, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(teachers("modernbert"), source)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["[X]", "[Y]"]}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    AutoTokenizer.from_pretrained(source).save_pretrained(source)  # [X] and [Y] come into its vocabulary
+    make_student(source, tmp_path / "student")
+    written = json.loads((tmp_path / "student" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == ["[X]", "[Y]"] and "extra_special_tokens" not in written
+    mine, given = AutoTokenizer.from_pretrained(tmp_path / "student"), AutoTokenizer.from_pretrained(source)
+    assert mine("a [X] text")["input_ids"] == given("a [X] text")["input_ids"]
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer.json is missing"):
+        huggingface.write_tokenizer(source, tmp_path / "student", seq_tokens=32)

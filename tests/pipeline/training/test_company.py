@@ -94,7 +94,7 @@ def test_all_go_on_from_the_newest_step_that_is_whole_in_all(two):
     lose(folders[1], 6)  # a kill while the second was saved
     assert steps_of(company.find_checkpoints(recipes, corpus, "auto")) == [3, 3]
     assert steps_of(company.find_checkpoints(recipes, corpus, "3")) == [3, 3]
-    with pytest.raises(UserError, match="cannot resume from step 6"):
+    with pytest.raises(UserError, match="step 6 cannot be used"):
         company.find_checkpoints(recipes, corpus, "6")
 
 
