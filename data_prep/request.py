@@ -105,6 +105,9 @@ def request_from(corpus_file: Path | None, source_texts: Sequence[str], **option
     _check_types(content, corpus_file)
     if "tokenizer" not in content:
         raise UserError("no tokenizer given: add --tokenizer, a model folder or hub id, or a line in the corpus file.")
+    if corpus_file and not options.get("tokenizer") and content["tokenizer"]:
+        near = corpus_file.parent / content["tokenizer"]
+        content["tokenizer"] = str(near) if near.is_dir() else content["tokenizer"]
     sources = [_source(table, corpus_file.parent) for table in tables] + [Source.parse(text) for text in source_texts]
     return PrepareRequest(sources=tuple(sources), **content)
 

@@ -20,6 +20,7 @@ FLOORS = (
     ("data_prep.readers", "data_prep.tokens"),
     ("data_prep.request",),
     ("data_prep.work",),
+    ("data_prep.claim",),
     ("data_prep.prepare", "data_prep.report"),
     ("pipeline.config", "pipeline.data", "pipeline.devices", "pipeline.relations"),
     ("pipeline.recipes", "pipeline.provenance", "pipeline.encoders"),

@@ -11,27 +11,29 @@ from collections.abc import Callable, Iterator
 from typing import IO
 
 READ_BYTES = 1 << 20
+HEAD_BYTES = 1 << 10  # of what a file or a stream begins with
 COMPRESSED_SUFFIXES = (".bz2", ".gz", ".xz", ".zst")
 _BZ2_STREAM = re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)")
 
 
 def is_compressed(path: str) -> bool:
-    return path.endswith(COMPRESSED_SUFFIXES)
+    return path.lower().endswith(COMPRESSED_SUFFIXES)
 
 
 @contextlib.contextmanager
 def open_binary(path: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """Opens a file for reading its decompressed bytes: that stream, and the one below it."""
+    suffix = os.path.splitext(path)[1].lower()
     with open(path, "rb") as raw:
         if is_compressed(path) and not os.path.getsize(path):
             yield _Nothing(), raw
-        elif path.endswith(".bz2"):
+        elif suffix == ".bz2":
             yield Streams(raw, bz2.BZ2Decompressor), raw
-        elif path.endswith(".gz"):
+        elif suffix == ".gz":
             yield gzip.open(raw), raw
-        elif path.endswith(".xz"):
+        elif suffix == ".xz":
             yield Streams(raw, lzma.LZMADecompressor), raw
-        elif path.endswith(".zst"):
+        elif suffix == ".zst":
             yield _open_zstandard(raw), raw
         else:
             yield raw, raw
@@ -86,6 +88,13 @@ def bzip2_streams(path: str) -> list[int]:
             base += len(data)
             tail = window[-9:]  # one byte less than the pattern, so that nothing is found twice
     return offsets
+
+
+def begins_bzip2_stream(path: str, offset: int, pattern: re.Pattern[bytes]) -> bool:
+    """Whether the bytes of the stream at an offset begin like a pattern."""
+    with open(path, "rb") as raw:
+        head, torn = read_up_to(Streams(Range(raw, offset, os.path.getsize(path)), bz2.BZ2Decompressor), HEAD_BYTES)
+    return not torn and pattern.match(head) is not None
 
 
 class Range:

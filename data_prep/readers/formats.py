@@ -7,9 +7,12 @@ records.
 """
 
 import bz2
+import codecs
 import functools
+import itertools
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
@@ -18,6 +21,8 @@ import msgspec
 import numpy as np
 
 from data_prep.readers.compression import READ_BYTES, Range, Streams, is_compressed, open_binary, read_up_to
+
+_BLANK = re.compile(rb"\n[ \t\r]*\n")
 
 
 @dataclass(frozen=True)
@@ -201,15 +206,30 @@ def _lines(data: bytes) -> Iterator[bytes]:
         start = stop
 
 
-def parse_delimited(block: Block, delimiter: bytes) -> Iterator[str | BadRecord]:
-    """Plain text: a document ends at each delimiter (a blank line in CC-100)."""
-    offset = block.offset_bytes
-    for record in block.data.split(delimiter):
-        start, offset = offset, offset + len(record) + len(delimiter)
+@functools.lru_cache(maxsize=64)
+def blank_line(path: str) -> bytes:
+    """What a blank line looks like where blocks are cut: as Windows writes it, if most of the first lines end so."""
+    with open_binary(path) as (file, _):
+        head, _ = read_up_to(file, READ_BYTES)
+    return b"\r\n\r\n" if 2 * head.count(b"\r\n") > head.count(b"\n") else b"\n\n"
+
+
+def plain(data: bytes) -> bytes:
+    """Text without a byte-order mark at its start and with lines that end in a newline only."""
+    return data.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
+
+
+def parse_delimited(block: Block, *, lines: bool = False) -> Iterator[str | BadRecord]:
+    """Plain text: a document ends at each blank line, which may hold spaces, or with `lines` at each line."""
+    start = len(codecs.BOM_UTF8) if not block.offset_bytes and block.data.startswith(codecs.BOM_UTF8) else 0
+    ends = re.finditer(rb"\n" if lines else _BLANK, block.data)
+    for stop, after in itertools.chain((match.span() for match in ends), [(len(block.data), 0)]):
+        record, begin, start = block.data[start:stop], start, after
         try:
             text = record.decode()
         except UnicodeDecodeError as error:
-            yield BadRecord(block.path, start + error.start, f"not valid UTF-8: {error.reason}")
+            where = block.offset_bytes + begin + error.start
+            yield BadRecord(block.path, where, f"not valid UTF-8: {error.reason}")
         else:
             if text and not text.isspace():
-                yield text.strip("\n")
+                yield text.replace("\r\n", "\n").strip("\r\n")

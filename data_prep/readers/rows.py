@@ -4,7 +4,9 @@ A span counts row groups of a Parquet file or rows of a dataset. BookCorpus has 
 books: runs of rows are joined back into long documents.
 """
 
+import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -74,6 +76,20 @@ def _value(scalar) -> Any:
         return scalar.as_buffer().to_pybytes()
 
 
+@contextlib.contextmanager
+def _torch_unmentioned() -> Iterator[None]:
+    """Where torch is kept out of this process by an entry of None, `datasets` would take that for torch itself."""
+    is_kept_out = "torch" in sys.modules and sys.modules["torch"] is None
+    if is_kept_out:
+        del sys.modules["torch"]
+    try:
+        yield
+    finally:
+        if is_kept_out:
+            sys.modules.setdefault("torch", None)
+
+
+@_torch_unmentioned()
 def open_dataset(path: str, config: str, split: str, revision: str, field: str):
     """A hub dataset, a folder of data files, or what `save_to_disk` wrote, memory-mapped."""
     import datasets

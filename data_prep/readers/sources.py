@@ -5,7 +5,6 @@ command always makes the same units and an interrupted run can go on from the fi
 """
 
 import dataclasses
-import glob
 import os
 import re
 from collections.abc import Iterator
@@ -13,24 +12,21 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.readers import compression, formats, rows, wikipedia
+from data_prep.readers import compression, finding, formats, rows, wikipedia
 from data_prep.readers.formats import BadRecord, Block, Span
 
 KINDS = ("wikipedia", "bookcorpus", "cc100", "jsonl", "parquet", "text", "hub")
-_DELIMITERS = {"jsonl": b"\n", "cc100": b"\n\n", "wikipedia": wikipedia.PAGE_END}
-_TEXT_DELIMITERS = {"line": b"\n", "paragraph": b"\n\n"}
-_SUFFIXES = {
-    "wikipedia": (".xml", ".parquet"),
-    "bookcorpus": (".txt", ".parquet"),
-    "cc100": (".txt",),
-    "jsonl": (".jsonl", ".json", ".ndjson"),
-    "parquet": (".parquet",),
-    "text": (".txt",),
+_OPTIONS = {  # beside language and name
+    "wikipedia": {"field"},
+    "bookcorpus": {"field", "documents", "rows_per_document"},
+    "cc100": set(),
+    "jsonl": {"field"},
+    "parquet": {"field", "rows_per_document"},
+    "text": {"documents"},
+    "hub": {"field", "rows_per_document", "config", "split", "revision"},
 }
-_LANGUAGE_OF_FILE = {
-    "wikipedia": re.compile(r"([a-z]{2,3}(?:_[a-z_]+)?|simple)wiki-"),
-    "cc100": re.compile(r"([a-z]{2,3}(?:[_-][A-Za-z]+)?)\.txt"),
-}
+_PAGE_START = re.compile(rb"\s*<page>")
+_MOST_MISSES = 8  # bzip2 streams that begin with no page, after which a dump is read as one
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # a folder's name, on any file system
 COMPRESSION_RATIO = 4  # of text, roughly: compressed units are planned this much smaller
 BOOK_ROWS = 4096  # sentences a document when BookCorpus has one sentence a row
@@ -76,7 +72,9 @@ class Source:
         if not colon or not path or kind not in KINDS:
             raise UserError(f"source {text!r}: expected KIND:PATH with KIND one of {', '.join(KINDS)}.")
         pairs = dict(option.partition("=")[::2] for option in options)
-        return cls.from_options({"kind": kind, "path": path, **pairs})
+        if twice := sorted({"kind", "path"} & set(pairs)) or len(pairs) < len(options):
+            raise UserError(f"source {text!r} says {twice[0] if twice is not True else 'an option'} twice.")
+        return cls.from_options({"kind": kind, "path": os.path.expanduser(path), **pairs})
 
     @classmethod
     def from_options(cls, options: dict) -> "Source":
@@ -84,15 +82,18 @@ class Source:
         known = {item.name for item in fields(cls)} - _FILLED
         if unknown := sorted(set(options) - known):
             raise UserError(f"source option {', '.join(unknown)} is not known; known are {', '.join(sorted(known))}.")
+        own = _OPTIONS.get(str(options.get("kind")), known) | {"kind", "path", "name", "language"}
+        if foreign := sorted(set(options) - own):
+            raise UserError(f"a source of kind {options['kind']} has no option {', '.join(foreign)}.")
         if missing := {"kind", "path"} - set(options):
             raise UserError(f"a source needs {' and '.join(sorted(missing))}; given: {options}.")
         options = dict(options)
         if wrong := sorted(key for key in set(options) - {"rows_per_document"} if not isinstance(options[key], str)):
             raise UserError(f"source option {wrong[0]}={options[wrong[0]]!r}: expected a text.")
-        try:
-            options["rows_per_document"] = int(options.get("rows_per_document", 0))
-        except (ValueError, TypeError):
-            raise UserError(f"rows_per_document={options['rows_per_document']!r} is not a whole number.") from None
+        rows_asked = str(options.get("rows_per_document", 0))
+        if not re.fullmatch(r"[0-9]{1,9}", rows_asked):
+            raise UserError(f"rows_per_document={rows_asked} is no number of rows.")
+        options["rows_per_document"] = int(rows_asked)
         source = cls(**options)
         if source.kind not in KINDS:
             raise UserError(f"source kind {source.kind!r} is not known; known are {', '.join(KINDS)}.")
@@ -137,8 +138,8 @@ def expand(sources: tuple[Source, ...]) -> list[Source]:
             expanded.append(_named(replace(source, files=(path,))))
             continue
         by_language: dict[str, list[str]] = {}
-        for path in _find_files(source):
-            by_language.setdefault(source.language or _language_of(source.kind, path), []).append(path)
+        for path in finding.find_files(source.kind, source.path):
+            by_language.setdefault(source.language or finding.language_of(source.kind, path), []).append(path)
         for language, paths in sorted(by_language.items()):
             expanded.append(_named(replace(source, language=language, files=tuple(paths)), len(by_language) > 1))
     names = [source.name for source in expanded]
@@ -181,33 +182,6 @@ def _stem(path: str) -> str:
     return stem[:80] or "text"
 
 
-def _language_of(kind: str, path: str) -> str:
-    pattern = _LANGUAGE_OF_FILE.get(kind)
-    match = pattern.match(os.path.basename(path)) if pattern else None
-    return match.group(1) if match else ""
-
-
-def _find_files(source: Source) -> list[str]:
-    """The files of a source, sorted; in a folder those with a suffix of this kind."""
-    path, suffixes = source.path, _SUFFIXES[source.kind]
-    if os.path.isdir(path):
-        endings = tuple(s + c for s in suffixes for c in ("", *compression.COMPRESSED_SUFFIXES))
-        found = sorted(os.path.join(root, name) for root, _, names in os.walk(path) for name in names)
-        found = [name for name in found if name.endswith(endings)]
-        expected = f"no file ending in {', '.join(suffixes)} (also compressed) in that folder"
-    else:
-        found = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
-        expected = "no such file, and no file matches it as a pattern"
-    if not found:
-        raise UserError(f"source {source.kind}:{path}: {expected}. Check the path.")
-    for name in found:
-        try:
-            open(name, "rb").close()
-        except OSError as error:
-            raise UserError(f"source {source.kind}: {name} cannot be read ({error.strerror}).") from None
-    return [os.path.abspath(name) for name in found]
-
-
 def plan(source: Source, unit_bytes: int) -> Iterator[Unit]:
     """Cuts a source, expanded and open, into units of about `unit_bytes` of text each."""
     number, spans, total = 0, [], 0
@@ -240,11 +214,11 @@ def _spans(source: Source, unit_bytes: int) -> Iterator[tuple[Span, int, bool]]:
         return
     for path in source.files:
         size = os.path.getsize(path)
-        if path.endswith(".parquet"):
+        if _is_parquet(source, path):
             for group, group_bytes in enumerate(rows.parquet_row_groups(path, source.field)):
                 yield Span(path, group, group + 1), group_bytes, False
         elif not compression.is_compressed(path):
-            step = size if _delimiter(source) is None else unit_bytes
+            step = size if _delimiter(source, path) is None else unit_bytes
             for start in range(0, size, step or 1):
                 stop = min(start + step, size)
                 yield Span(path, start, stop), stop - start, False
@@ -254,30 +228,47 @@ def _spans(source: Source, unit_bytes: int) -> Iterator[tuple[Span, int, bool]]:
 
 def _compressed_spans(source: Source, path: str, size: int, unit_bytes: int) -> Iterator[tuple[Span, int, bool]]:
     step = max(1, unit_bytes // COMPRESSION_RATIO)
-    if source.kind == "wikipedia" and path.endswith(".bz2") and size > step:
-        streams = compression.bzip2_streams(path)
-        if len(streams) > 2:
-            cuts = [0]
-            for offset in streams[1:]:
-                if offset - cuts[-1] >= step:
-                    cuts.append(offset)
+    if source.kind == "wikipedia" and path.lower().endswith(".bz2") and size > step:
+        cuts = _cuts_at_pages(path, step)
+        if len(cuts) > 1:
             for start, stop in zip(cuts, [*cuts[1:], size], strict=True):
                 yield Span(path, start, stop), (stop - start) * COMPRESSION_RATIO, False
             return
-    streamed = size > step and _delimiter(source) is not None
+    streamed = size > step and _delimiter(source, path) is not None
     yield Span(path, 0, size), size * COMPRESSION_RATIO, streamed
 
 
-def _delimiter(source: Source) -> bytes | None:
-    """What ends a record; None where a file is one document."""
-    if source.kind in ("text", "bookcorpus"):
-        return _TEXT_DELIMITERS.get(source.documents or "file")
-    return _DELIMITERS[source.kind]
+def _cuts_at_pages(path: str, step: int) -> list[int]:
+    """Offsets of bzip2 streams, `step` apart, that begin with a page, as those of multistream dumps do; 0 first."""
+    cuts, misses = [0], 0
+    for offset in compression.bzip2_streams(path)[1:]:
+        if offset - cuts[-1] >= step:
+            if compression.begins_bzip2_stream(path, offset, _PAGE_START):
+                cuts.append(offset)
+            elif (misses := misses + 1) > _MOST_MISSES and len(cuts) == 1:
+                break
+    return cuts
+
+
+def _is_parquet(source: Source, path: str) -> bool:
+    return source.kind == "parquet" or path.lower().endswith(".parquet")
+
+
+def _delimiter(source: Source, path: str) -> bytes | None:
+    """What ends a record of a file; None where a file is one document."""
+    if source.kind == "wikipedia":
+        return wikipedia.PAGE_END
+    if source.kind == "jsonl" or source.documents == "line":
+        return b"\n"
+    if source.kind == "cc100" or source.documents == "paragraph":
+        return formats.blank_line(path)
+    return None
 
 
 def blocks(unit: Unit, block_bytes: int) -> Iterator[Block]:
     """The blocks of a streamed unit, each of which can be handed to another process."""
-    yield from formats.span_blocks(unit.spans[0], _delimiter(unit.source), block_bytes)
+    span = unit.spans[0]
+    yield from formats.span_blocks(span, _delimiter(unit.source, span.path), block_bytes)
 
 
 def documents(unit: Unit, block: Block | None = None) -> Iterator[str | BadRecord]:
@@ -289,10 +280,10 @@ def documents(unit: Unit, block: Block | None = None) -> Iterator[str | BadRecor
         if unit.source.kind == "hub":
             texts = rows.dataset_texts(unit.source.table, span, unit.source.field)
             yield from _rows(unit.source, span, texts, span.start)
-        elif span.path.endswith(".parquet"):
+        elif _is_parquet(unit.source, span.path):
             first = rows.first_row(span.path, unit.source.field, span.start)
             yield from _rows(unit.source, span, rows.parquet_texts(span, unit.source.field), first)
-        elif (delimiter := _delimiter(unit.source)) is None:
+        elif (delimiter := _delimiter(unit.source, span.path)) is None:
             yield from _whole_file(span.path)
         else:
             for piece in formats.span_blocks(span, delimiter, BLOCK_BYTES):
@@ -314,7 +305,7 @@ def _whole_file(path: str) -> Iterator[str | BadRecord]:
         yield BadRecord(path, len(data), torn)
         return
     try:
-        yield data.decode().strip()
+        yield formats.plain(data).decode().strip()
     except UnicodeDecodeError as error:
         yield BadRecord(path, error.start, f"not valid UTF-8: {error.reason}")
 
@@ -325,6 +316,6 @@ def _parse(source: Source, block: Block) -> Iterator[str | BadRecord]:
     elif source.kind == "wikipedia":
         yield from wikipedia.parse_pages(block)
     else:
-        yield from formats.parse_delimited(block, _delimiter(source))
+        yield from formats.parse_delimited(block, lines=source.documents == "line")
     if block.torn:
         yield BadRecord(block.path, block.offset_bytes + len(block.data), block.torn)

@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 
 from data_prep.errors import UserError
-from data_prep.readers.compression import open_binary
+from data_prep.readers.compression import open_binary, read_up_to
 from data_prep.readers.formats import BadRecord, Block
 from data_prep.readers.wikitext import ENGLISH_NAMES, clean, without_comments
 
@@ -38,7 +38,8 @@ class ShortenedArticle(str):
 def dropped_namespaces(path: str) -> frozenset[str]:
     """Names of the file and category namespaces in the wiki's own language, from the head of the dump."""
     with open_binary(path) as (file, _):
-        head = file.read(1 << 17).decode("utf-8", errors="ignore").partition("</siteinfo>")[0]
+        data, _ = read_up_to(file, 1 << 17)  # where it breaks off, its reader says so
+    head = data.decode("utf-8", errors="ignore").partition("</siteinfo>")[0]
     local = {
         html.unescape(name).casefold() for key, name in _NAMESPACE.findall(head) if int(key) in _DROPPED_NAMESPACES
     }
@@ -52,22 +53,26 @@ def parse_pages(block: Block) -> Iterator[str | BadRecord]:
             f"{block.path} is in UTF-16; dumps of Wikipedia are in UTF-8. Convert it first: "
             "bzcat IN | iconv -f UTF-16 -t UTF-8 | bzip2 > OUT"
         )
-    names = dropped_namespaces(block.path)
+    names, end = dropped_namespaces(block.path), 0
     for match in _PAGE.finditer(block.data):
+        end = match.end()
         try:
             page = ElementTree.fromstring(match.group())
         except ElementTree.ParseError as error:
             yield BadRecord(block.path, block.offset_bytes + match.start(), f"not a valid page: {error}")
             continue
-        if page.findtext("ns") != "0" or page.find("redirect") is not None:
+        if page.findtext("ns", "0") != "0" or page.find("redirect") is not None:
             continue
-        wikitext = page.findtext("revision/text") or ""
-        if page.findtext("revision/model") in (None, "wikitext"):
+        *_, revision = page.findall("revision") or [page]  # the newest, where a dump holds the history
+        wikitext = revision.findtext("text") or ""
+        if revision.findtext("model") in (None, "wikitext"):
             body, expected = clean(wikitext, names), expected_characters(wikitext)
             if body or expected:
                 title = page.findtext("title") or ""
                 text = f"{title}\n\n{body}".rstrip()
                 yield ShortenedArticle(text, title) if len(body) < expected else text
+    if not block.torn and (half := block.data.find(b"<page>", end)) >= 0:
+        yield BadRecord(block.path, block.offset_bytes + half, "a page without its end: the dump breaks off here")
 
 
 def expected_characters(wikitext: str) -> int:

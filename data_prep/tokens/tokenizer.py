@@ -257,7 +257,7 @@ class Tokenizer:
 
     Attributes:
         fingerprint: sha256 of the canonical tokenizer.json without truncation and padding.
-        vocabulary_tokens: number of token ids, added tokens included.
+        vocabulary_tokens: one more than the highest token id, added tokens included.
         cls_id, sep_id, pad_id: ids of [CLS]/[SEP]/[PAD], or <s>/</s>/<pad>.
         unknown_id: id of [UNK] or <unk>; -1 where every text has tokens.
     """
@@ -272,7 +272,7 @@ class Tokenizer:
         settings = json.loads(self._reference.to_str())
         self._canonical = tokenizer_files.canonical(settings)
         self.fingerprint = hashlib.sha256(self._canonical.encode()).hexdigest()
-        self.vocabulary_tokens = len(hub_tokenizer)
+        self.vocabulary_tokens = max(len(hub_tokenizer), 1 + max(hub_tokenizer.get_vocab().values(), default=0))
         self.cls_id = self._special("cls", "bos")
         self.sep_id = self._special("sep", "eos")
         self.pad_id = self._special("pad", "eos")

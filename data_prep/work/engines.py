@@ -4,6 +4,7 @@ Each engine has `submit`, which runs a function somewhere, `blocks`, which reads
 `slots`: how many pieces of work run at once.
 """
 
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -30,17 +31,28 @@ def open_engine(name: str, workers: int | None, ray_address: str | None, input_b
         gpus: of this machine, one for each process; with Ray not 0 asks for one a task, if there are any.
 
     Raises:
-        UserError: no such engine, or no such number of workers.
+        UserError: see `require`.
+    """
+    require(name, workers)
+    if name == "ray":
+        return RayEngine(workers, ray_address, wants_gpu=gpus > 0)
+    if workers is None and input_bytes < SMALL_BYTES:
+        workers = 0
+    return InlineEngine() if workers == 0 else LocalEngine(workers or len(os.sched_getaffinity(0)), gpus)
+
+
+def require(name: str, workers: int | None) -> None:
+    """Refuse an engine that cannot be had, before anything is written.
+
+    Raises:
+        UserError: no such engine, no such number of workers, or Ray is not installed.
     """
     if workers is not None and workers < 0:
         raise UserError(f"{workers} workers: expected at least 1, or 0 to work in the process itself.")
-    if name == "ray":
-        return RayEngine(workers, ray_address, wants_gpu=gpus > 0)
-    if name == "local":
-        if workers is None and input_bytes < SMALL_BYTES:
-            workers = 0
-        return InlineEngine() if workers == 0 else LocalEngine(workers or len(os.sched_getaffinity(0)), gpus)
-    raise UserError(f"engine {name!r}: expected local or ray.")
+    if name not in ("local", "ray"):
+        raise UserError(f"engine {name!r}: expected local or ray.")
+    if name == "ray" and importlib.util.find_spec("ray") is None:
+        raise UserError("--engine ray needs Ray: `pip install minilmv2-deepspeed[ray]`.")
 
 
 class InlineEngine:
@@ -94,10 +106,8 @@ class RayEngine:
     """
 
     def __init__(self, workers: int | None, address: str | None, *, wants_gpu: bool = False):
-        try:
-            import ray
-        except ImportError:
-            raise UserError("--engine ray needs Ray: `pip install minilmv2-deepspeed[ray]`.") from None
+        import ray
+
         self._ray = ray
         self._is_mine = not ray.is_initialized()
         if self._is_mine:

@@ -161,7 +161,7 @@ class ShardPlanner:
 
 
 @functools.lru_cache(maxsize=4)
-def _split_lengths(base: Path, split: str) -> np.ndarray:
+def split_lengths(base: Path, split: str) -> np.ndarray:
     lengths = Part(base).signed_lengths()
     return lengths[lengths > 0] if split == "train" else -lengths[lengths < 0]
 
@@ -186,7 +186,7 @@ def build_shard(job: ShardJob, out: Path, work: Path) -> ShardInfo:
                         raise OSError(f"{file.name} is shorter than its record says")
                     writer.add_raw(data, ())
                     left -= len(data)
-            writer.add_raw(b"", _split_lengths(piece.base, job.split)[piece.first : piece.last])
+            writer.add_raw(b"", split_lengths(piece.base, job.split)[piece.first : piece.last])
         info = writer.close()
     except BaseException:
         writer.abandon()

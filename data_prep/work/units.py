@@ -15,6 +15,7 @@ from data_prep.readers.formats import BadRecord, Block
 from data_prep.readers.sources import Unit
 from data_prep.readers.wikipedia import ShortenedArticle
 from data_prep.tokens.tokenizer import Disagreement, Encoder
+from data_prep.work import parts
 from data_prep.work.parts import SPLITS, Part
 
 BATCH_CHARACTERS = 4 << 20
@@ -98,6 +99,12 @@ def _encode(
     return tokens, np.concatenate(signed_lengths) if signed_lengths else np.zeros(0, dtype=np.int32), record
 
 
+def forget_earlier() -> None:
+    """What this process knows of the files of an earlier corpus, which another may have replaced."""
+    _encoder.cache_clear()
+    parts.split_lengths.cache_clear()
+
+
 @functools.lru_cache(maxsize=2)
 def _encoder(folder: str) -> Encoder:
     return Encoder.load(folder)
@@ -147,6 +154,8 @@ def _occurrences(token: int, ids: np.ndarray, lengths: np.ndarray, keep: np.ndar
 def _close_documents(ids: np.ndarray, lengths: np.ndarray, sep_id: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """Token ids with the separator after every document, and the lengths with it."""
     ends = np.cumsum(lengths + 1) - 1
+    if len(ids) and int(ids.max()) > np.iinfo(dtype).max:
+        raise RuntimeError(f"the token id {ids.max()} does not fit into {dtype}")
     closed = np.empty(len(ids) + len(lengths), dtype=np.dtype(dtype).newbyteorder("<"))
     inside = np.ones(len(closed), dtype=bool)
     inside[ends] = False

@@ -5,6 +5,7 @@ import fcntl
 import json
 import lzma
 import re
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,13 +15,13 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
-from data_prep import prepare as prepare_module
 from data_prep.errors import UserError
 from data_prep.prepare import PrepareRequest, prepare
 from data_prep.readers import sources
 from data_prep.readers.sources import Source
 from data_prep.shards import Corpus
-from data_prep.work import engines
+from data_prep.tokens.tokenizer import Tokenizer
+from data_prep.work import engines, units
 from tests.read import files_of
 
 
@@ -110,24 +111,97 @@ def stopped_run(samples, small_jsonl, tmp_path):
 
 
 def test_a_bad_record_stops_or_is_counted(samples, small_jsonl, tmp_path):
-    path, _ = stopped_run(samples, small_jsonl, tmp_path)
+    path, request = stopped_run(samples, small_jsonl, tmp_path)
+    skipping = request_for(samples, path, on_bad_record="skip")
+    fresh = prepare(skipping, tmp_path / "d", workers=2, show_progress=False)
+    assert fresh.manifest.counts["bad"]["bad_records"] == 1
+    assert fresh.manifest.counts["bad"]["documents"] == len(small_jsonl[1])
+    went_on = prepare(skipping, tmp_path / "c", workers=0, show_progress=False)  # as the message advises
+    assert went_on.manifest == fresh.manifest
     with pytest.raises(UserError, match="another request .*on_bad_record"):
-        prepare(request_for(samples, path, on_bad_record="skip"), tmp_path / "c", workers=0, show_progress=False)
-    corpus = prepare(request_for(samples, path, on_bad_record="skip"), tmp_path / "d", workers=2, show_progress=False)
-    assert corpus.manifest.counts["bad"]["bad_records"] == 1
-    assert corpus.manifest.counts["bad"]["documents"] == len(small_jsonl[1])
+        prepare(request, tmp_path / "c", workers=0, show_progress=False)
 
 
-def test_a_changed_input_or_tokenizer_is_refused_in_an_unfinished_folder(
-    samples, small_jsonl, tmp_path, byte_level_teacher
+def test_another_tokenizer_is_refused_in_an_unfinished_folder_and_a_mended_file_is_read_anew(
+    samples, small_jsonl, tmp_path, byte_level_teacher, capsys
 ):
     path, request = stopped_run(samples, small_jsonl, tmp_path)
     other = dataclasses.replace(request, tokenizer=str(byte_level_teacher))
     with pytest.raises(UserError, match="another request .*fingerprint"):
         prepare(other, tmp_path / "c", workers=0, show_progress=False)
+    lines = small_jsonl[0].read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[::-1]))
+    made = prepare(request, tmp_path / "c", workers=0, show_progress=False)
+    assert "the input of bad changed since" in capsys.readouterr().err
+    assert made.manifest == prepare(request, tmp_path / "d", workers=0, show_progress=False).manifest
+
+
+def test_a_file_that_changes_while_it_is_read_makes_no_corpus(samples, small_jsonl, tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
     path.write_text(small_jsonl[0].read_text())
-    with pytest.raises(UserError, match=f"{path} changed since"):
-        prepare(request, tmp_path / "c", workers=0, show_progress=False)
+    encode, lines = units.encode_unit, path.read_text().splitlines(keepends=True)
+
+    def another_writes(*work):
+        path.write_text("".join(lines[::-1]))
+        return encode(*work)
+
+    monkeypatch.setattr(units, "encode_unit", another_writes)
+    with pytest.raises(UserError, match="the input of a changed while it was read"):
+        prepare(request_for(samples, path), tmp_path / "c", workers=0, show_progress=False)
+    assert not (tmp_path / "c" / "manifest.json").exists()
+    monkeypatch.undo()
+    made = prepare(request_for(samples, path), tmp_path / "c", workers=0, show_progress=False)
+    assert len(list(documents_of(made, "train"))) == len(lines)
+    assert made.manifest == prepare(request_for(samples, path), tmp_path / "d", workers=0, show_progress=False).manifest
+
+
+def test_a_corpus_that_another_run_has_just_finished_is_not_replaced(samples, small_jsonl, tmp_path, monkeypatch):
+    """The other one began earlier, and ends while this one loads its tokenizer."""
+    path, out = small_jsonl[0], tmp_path / "c"
+    load = Tokenizer.load
+
+    def slow(*source, **options):
+        monkeypatch.setattr(Tokenizer, "load", load)
+        prepare(request_for(samples, path), out, workers=0, show_progress=False)
+        return load(*source, **options)
+
+    monkeypatch.setattr(Tokenizer, "load", slow)
+    with pytest.raises(UserError, match="another request"):
+        prepare(request_for(samples, path, min_tokens=5), out, workers=0, show_progress=False)
+    assert Corpus.open(out).manifest.request["min_tokens"] == 1
+
+
+def test_a_request_of_which_nothing_is_finished_leaves_the_folder_to_another(samples, small_jsonl, tmp_path):
+    request = request_for(samples, small_jsonl[0])
+    wrong = dataclasses.replace(request, sources=(Source.parse(f"jsonl,field=body:{small_jsonl[0]}"),))
+    with pytest.raises(UserError, match="no field 'body'"):
+        prepare(wrong, tmp_path / "c", workers=0, show_progress=False)
+    prepare(request, tmp_path / "c", workers=0, show_progress=False)
+
+
+def test_two_corpora_of_one_process_at_one_place_are_each_their_own(samples, small_jsonl, tmp_path, byte_level_teacher):
+    for teacher in (samples.teacher, byte_level_teacher):
+        request = dataclasses.replace(request_for(samples, small_jsonl[0]), tokenizer=str(teacher))
+        made = prepare(request, tmp_path / "c", workers=0, show_progress=False)
+        reference = AutoTokenizer.from_pretrained(teacher)
+        ids = reference(small_jsonl[1][:1], add_special_tokens=False)["input_ids"][0]
+        assert next(documents_of(made, "train"))[:-1] == ids
+        shutil.rmtree(tmp_path / "c")
+
+
+def test_a_source_of_which_nothing_is_read_is_named(samples, small_jsonl, tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("")
+    request = request_for(samples, small_jsonl[0])
+    both = dataclasses.replace(request, sources=(*request.sources, Source.parse(f"jsonl:{tmp_path}/empty.jsonl")))
+    prepare(both, tmp_path / "c", workers=0, show_progress=False)
+    assert "no document was read of source empty" in (said := capsys.readouterr().err) and "source small" not in said
+
+
+def test_an_engine_that_cannot_be_had_is_refused_before_anything_is_written(samples, small_jsonl, tmp_path):
+    for asked in (dict(workers=-1), dict(engine="slurm")):
+        with pytest.raises(UserError, match="expected"):
+            prepare(request_for(samples, small_jsonl[0]), tmp_path / "c", show_progress=False, **asked)
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_second_run_in_the_same_folder_is_refused(samples, small_jsonl, tmp_path):
@@ -246,7 +320,7 @@ def test_one_compressed_file_keeps_two_workers_busy(samples, small_jsonl, tmp_pa
             self.pool.shutdown()
 
     engine = TwoAtOnce()
-    monkeypatch.setattr(prepare_module, "open_engine", lambda *_: engine)
+    monkeypatch.setattr(engines, "open_engine", lambda *_: engine)
     corpus = prepare(request_for(samples, path), tmp_path / "c", show_progress=False)
     assert engine.meetings > 4 and not meeting.broken
     assert corpus.manifest.counts["one"]["documents"] == len(small_jsonl[1])

@@ -41,6 +41,18 @@ def test_help_shows_an_example(command):
     assert "Example" in result.output and f"minilm {command}" in result.output
 
 
+def test_data_files_in_a_folder_are_a_hub_source_here_too(samples, tmp_path):
+    """The command keeps torch out of its process by an entry that `datasets` must not take for torch."""
+    (tmp_path / "data").mkdir()
+    lines = samples.leads("en").read_text(encoding="utf-8").splitlines()[:40]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    made = minilm(
+        *("prepare", "--tokenizer", samples.teacher, "--source", f"hub:{tmp_path / 'data'}", "--workers", "2"),
+        *("--out", tmp_path / "corpus"),
+    )
+    assert made.returncode == 0 and "corpus: 40 documents" in made.stdout, made.stderr
+
+
 def test_help_is_fast():
     """Nothing heavy is imported before it is needed."""
     code = (

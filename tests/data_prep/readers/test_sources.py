@@ -74,6 +74,42 @@ def test_cc100_documents_end_at_blank_lines(tmp_path, suffix, unit_bytes):
     assert texts_of(source, unit_bytes) == ["first\nparagraph two", "second document", "third: čšž"]
 
 
+@pytest.mark.parametrize("unit_bytes", [1, 20, 1 << 20])
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+@pytest.mark.parametrize("source", ["cc100", "text,documents=paragraph"])
+def test_texts_as_windows_writes_them(tmp_path, source, suffix, unit_bytes):
+    """A byte-order mark, carriage returns and blank lines that hold spaces are no text, and hide no blank line."""
+    lines = ["\ufefffirst", "line two", "", "second", " \t", "third", ""]
+    path = write(tmp_path / "sw.txt", "\r\n".join(lines), suffix)
+    assert texts_of(Source.parse(f"{source}:{path}"), unit_bytes) == ["first\nline two", "second", "third"]
+    assert texts_of(Source.parse(f"text:{path}")) == ["first\nline two\n\nsecond\n \t\nthird"]
+    assert texts_of(Source.parse(f"text,documents=line:{path}"), unit_bytes) == ["first", "line two", "second", "third"]
+
+
+def test_files_are_found_behind_links_and_in_any_case_and_the_others_are_told(tmp_path, capsys):
+    books, elsewhere = tmp_path / "books", tmp_path / "elsewhere"
+    books.mkdir()
+    elsewhere.mkdir()
+    for path in (books / "a.txt", books / "B.TXT", books / "notes.md", elsewhere / "c.txt"):
+        write(path, path.name)
+    (books / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(books)
+    assert texts_of(Source.parse(f"text:{books}")) == ["B.TXT", "a.txt", "c.txt"]
+    assert "1 files in" in (said := capsys.readouterr().err) and "notes.md" in said
+    for name in ("dewiki-x-pages-articles.xml.bz2", "enwiki-x-pages-articles1.xml-p1p41242.bz2"):
+        write(tmp_path / name, b"")
+    found = sources.expand((Source.parse(f"wikipedia:{tmp_path}"),))
+    assert [source.name for source in found] == ["wikipedia-de", "wikipedia-en"]
+    write(tmp_path / "x.xml.7z", b"7z")
+    with pytest.raises(UserError, match="x.xml.7z is of a kind that is not read"):
+        sources.expand((Source.parse(f"wikipedia:{tmp_path}/*.7z"),))
+
+
+def test_parquet_under_any_name(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "0a1b2c")
+    assert texts_of(Source.parse(f"parquet:{tmp_path}/0a1b2c")) == ["one", "two"]
+
+
 def test_cc100_folder_has_a_source_for_each_language(tmp_path):
     for language in ("sw", "de", "zh-Hans", "my_zaw"):
         write(tmp_path / f"{language}.txt", "text\n", ".xz")
@@ -249,7 +285,12 @@ def test_an_empty_file_has_no_documents(tmp_path):
         ("jsonl,colour=red:a", "colour is not known"),
         ("text,documents=page:a", "documents='page'"),
         ("jsonl,name=../x:a", "source name"),
-        ("parquet,rows_per_document=many:a", "not a whole number"),
+        ("parquet,rows_per_document=many:a", "no number of rows"),
+        ("parquet,rows_per_document=-3:a", "no number of rows"),
+        ("jsonl,rows_per_document=5:a", "kind jsonl has no option rows_per_document"),
+        ("cc100,documents=line:a", "kind cc100 has no option documents"),
+        ("jsonl,path=b:a", "says path twice"),
+        ("jsonl,name=b,name=c:a", "twice"),
     ],
 )
 def test_sources_that_are_mistyped(text, message):

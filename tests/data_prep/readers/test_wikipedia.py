@@ -12,6 +12,7 @@ from data_prep.readers.formats import BadRecord
 from data_prep.readers.sources import Source
 from data_prep.readers.wikipedia import dropped_namespaces
 from data_prep.readers.wikitext import clean
+from tests.data_prep.readers.test_sources import items_of, texts_of
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,36 @@ def test_a_dump_of_one_stream_is_read_in_blocks(samples, articles, tmp_path, blo
     assert unit.streamed
     found = [item for block in sources.blocks(unit, block_bytes) for item in sources.documents(unit, block)]
     assert len(found) > 5 and found == articles[: len(found)]
+
+
+def page(number, revisions=("text",), namespace="<ns>0</ns>"):
+    texts = "".join(f"<revision><text>{text} {number}</text></revision>" for text in revisions)
+    return f"<page><title>T{number}</title>{namespace}{texts}</page>\n".encode()
+
+
+def test_streams_that_begin_anywhere_lose_no_page(tmp_path):
+    """As pbzip2 cuts them, at bytes; those of multistream dumps begin with pages."""
+    pages = [page(number) for number in range(3000)]
+    data, path = b"".join(pages), tmp_path / "enwiki-x.xml.bz2"
+    expected = [f"T{number}\n\ntext {number}" for number in range(3000)]
+    for pieces in ([data[i : i + 9000] for i in range(0, len(data), 9000)], [b"".join(pages[:1500]), *pages[1500:1700],
+                   b"".join(pages[1700:])]):  # fmt: skip
+        path.write_bytes(b"".join(map(bz2.compress, pieces)))
+        assert texts_of(Source.parse(f"wikipedia:{path}"), 2000) == expected
+
+
+def test_dumps_of_other_makes(tmp_path):
+    """Without namespaces, with the history of a page, and broken off within one."""
+    path = tmp_path / "enwiki-x.xml"
+    path.write_bytes(page(1, namespace="") + page(2, revisions=("old", "new")) + page(3, namespace="<ns>1</ns>"))
+    assert texts_of(Source.parse(f"wikipedia:{path}")) == ["T1\n\ntext 1", "T2\n\nnew 2"]
+    path.write_bytes(page(1) + page(2)[:-20])
+    whole, half = items_of(Source.parse(f"wikipedia:{path}"))
+    assert whole == "T1\n\ntext 1" and "a page without its end" in half.describe()
+    torn = tmp_path / "enwiki-y.xml.bz2"
+    torn.write_bytes(bz2.compress(page(1))[:-20])
+    (found,) = items_of(Source.parse(f"wikipedia:{torn}"))
+    assert "truncated" in found.describe()
 
 
 def test_a_broken_page_is_a_bad_record(tmp_path):
