@@ -84,7 +84,9 @@ def load_recipes(names: Sequence[str], overrides: Iterable[str] = (), vary: Iter
 def _varied(text: str) -> tuple[str, list[str]]:
     """`section.key=V1,V2` -> the key and its values; commas in brackets or quotes belong to a value."""
     key, equals, values = text.partition("=")
-    if not equals or "." not in key or key.startswith("run."):
+    if key.startswith("run."):
+        raise UserError(f"--vary {text!r}: students that train side by side share everything of [run]; give each a job")
+    if not equals or "." not in key:
         raise UserError(f"--vary {text!r} is not section.key=V1,V2, such as teacher.layer=17,19,21")
     found = [part.strip() for part in re.findall(r"""(?:\{[^}]*\}|\[[^\]]*\]|"[^"]*"|'[^']*'|[^,])+""", values)]
     if not all(found) or not found or len(set(found)) < len(found) or values.count(",,"):

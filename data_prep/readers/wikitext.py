@@ -6,50 +6,57 @@ and switches such as `__TOC__` go, and so do headings under which nothing is lef
 
 As in MediaWiki, the end of a tag such as `<ref>` is the next closing one whatever lies between, and braces and brackets
 pair up by themselves: apostrophes that do not pair never hide the end of a table or a reference. What is never closed
-loses its delimiter alone; its text stays. Every walk is linear in the text.
+loses its delimiter alone; its text stays, but for the rows of a table. Every walk is linear in the text.
 """
 
 import html
 import re
 
 from data_prep.readers.apostrophes import without_marks
-from data_prep.readers.templates import arguments, words_of
+from data_prep.readers.templates import HOLE, LANGUAGES, arguments, close_holes, first_variant, words_of
 
 ENGLISH_NAMES = frozenset({"media", "file", "image", "category"})
 
 # Tags whose content is no text, up to the next closing one.
 _DROPPED_TAGS = (
     "ref references gallery math chem timeline score syntaxhighlight source templatedata imagemap hiero graph mapframe "
-    "maplink section indicator inputbox categorytree templatestyles style script ce code pre".split()
+    "maplink section indicator inputbox categorytree templatestyles style script ce pre".split()
 )
-_DELIMITERS = re.compile(
+_CODE_TAGS = ("code", "tt", "kbd", "samp", "var")  # words of a sentence, unless they take several lines
+_TOKENS = (
     r"\{\{+|\}\}+|\[\[|\]\]+|\n[ \t:*#]*\{\||\n[ \t]*\|\}(?!\})|<table\b[^<>]*>|</table\s*>"
-    rf"|<(?P<tag>nowiki|{'|'.join(_DROPPED_TAGS)})\b[^<>]*>",
-    re.IGNORECASE,
+    rf"|<(?P<tag>nowiki|{'|'.join((*_DROPPED_TAGS, *_CODE_TAGS))})\b[^<>]*>"
 )
+_DELIMITERS = re.compile(_TOKENS, re.IGNORECASE)
+_DELIMITERS_AND_VARIANTS = re.compile(rf"-\{{(?!\{{)|\}}\}}*-(?!\{{(?!\{{))|{_TOKENS}", re.IGNORECASE)
+_CODE_BOUNDS = {tag: re.compile(rf"<(/?){tag}\b[^<>]*>", re.IGNORECASE) for tag in _CODE_TAGS}
 _CLOSING = {tag: re.compile(rf"</{tag}\s*>", re.IGNORECASE) for tag in ("nowiki", *_DROPPED_TAGS)}
 _BREAKS = re.compile(r"</?(?:br|hr|p|div|li|dt|dd|tr|blockquote|poem|center)\b[^<>]*>", re.IGNORECASE)
 _TAGS = re.compile(
-    r"</?(?:b|i|u|s|small|big|sub|sup|span|font|em|strong|cite|q|abbr|acronym|var|kbd|samp|tt|ul|ol|dl|ins|del|strike"
+    r"</?(?:b|i|u|s|small|big|sub|sup|span|font|em|strong|cite|q|abbr|acronym|ul|ol|dl|ins|del|strike"
     r"|h[1-6]|ruby|rb|rt|rp|rtc|bdi|bdo|wbr|time|data|mark|caption|td|th|thead|tbody|tfoot|table|noinclude|includeonly"
-    rf"|onlyinclude|nowiki|{'|'.join(_DROPPED_TAGS)})\b[^<>]*>",
+    rf"|onlyinclude|nowiki|{'|'.join((*_DROPPED_TAGS, *_CODE_TAGS))})\b[^<>]*>",
     re.IGNORECASE,
 )
-_EXTERNAL = re.compile(r"\[(?:https?:|ftp:|mailto:)?//[^\s\[\]<>]*(?:[ \t]+([^\[\]\n]*))?\]", re.IGNORECASE)
+_EXTERNAL = re.compile(r"\[(?:(?:https?:|ftp:)?//|mailto:)[^\s\[\]<>]*(?:[ \t]+([^\[\]\n]*))?\]", re.IGNORECASE)
 _BARE_ADDRESS = re.compile(
     r"\b(?:https?|ftp)://(?:[^\s\[\]<>\"|{}().,;:!?']|\([^\s()\[\]<>\"|{}]*\)|[.,;:!?'](?=[\w/~%&#=+-]))*",
     re.IGNORECASE,
 )
 _SWITCH = re.compile(r"__(?![a-z])[^\W_]+(?:_[^\W_]+)*__")
-_LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[a-z-]+)?$|simple$")  # of a link to the same article, shown beside the text
 _SISTER = re.compile(r"wikt(?:ionary)?$|commons$|species$|[a-z]+:?(?:wikt|commons)$")
 _HEADING = re.compile(r"(={1,6})(.+?)\1\s*$")
-_ROW = re.compile(r"\{\||[|!]|(?:\[\[)?(?:File|Image):", re.IGNORECASE)  # of a table or gallery that was never closed
-_HOLE = "\x02"  # where a template stood that is no text
-_STOPS = frozenset(",.;:!?)]")  # with no space before them
+_FILE_NAME = re.compile(  # as no article has; namespaces have more names than dumps give, and a file's has no colon
+    r"[^:]*\.(?:jpe?g|png|gif|svg|tiff?|webp|bmp|xcf|djvu|pdf|og[gav]|webm|mp[34]|wav|flac|midi?|stl)\s*$",
+    re.IGNORECASE,
+)
+_FILE_LINE = re.compile(r"(?:\[\[)?(?:File|Image):", re.IGNORECASE)  # of a gallery that was never closed
 _SEAM = "\x03"  # where a tag was cut out, so that marks of bold and italic on either side stay two
+_OPENED = "\x04"  # where a table begins; gone with it if it is closed
+_ROW = re.compile(rf"\n[ \t{HOLE}{_SEAM}]*(?:\{{\||[|!])")  # or prose: |x|, !Kung
+_SURE_ROW = re.compile(r"\{\||[|!]\s|[|!]$|\|[+}]|\|-+(?:\s|$)|\|[^|=]{1,40}=")
 _AFTER_OPENING = re.compile(r"\((?:\s*[;,])+\s*")
-_EMPTY_PARENTHESES = re.compile(r"\((?:[\s,;:]|see)*\)")
+_EMPTY_PARENTHESES = re.compile(r"\((?:(?:[\s,;:]|see)+|(?<![A-Za-z0-9_]\())\)")  # but print() is a word
 _WITH_SPACE_BEFORE = re.compile(rf" ?{_EMPTY_PARENTHESES.pattern}")
 _SPACES = re.compile(r"[ \t\u00a0]+")
 _DEEPEST = 64  # constructs inside of each other that are looked at; deeper ones lose their delimiters alone
@@ -63,40 +70,40 @@ def clean(wikitext: str, dropped: frozenset[str] = ENGLISH_NAMES) -> str:
         dropped: names of the namespaces of files and categories in the wiki's own language, case-folded.
     """
     text = "".join(_walk("\n" + without_comments(wikitext), dropped))
+    if _OPENED in text or _ROW.search(text):
+        text = _without_rows(text)
     text = "\n".join(map(without_marks, text.split("\n")))
     text = _TAGS.sub("", _BREAKS.sub("\n", _SWITCH.sub("", text))).replace(_SEAM, "")
-    text = _EXTERNAL.sub(lambda found: found.group(1) or _HOLE, text)
+    text = _EXTERNAL.sub(lambda found: found.group(1) or HOLE, text)
     if "://" in text:
-        text = _BARE_ADDRESS.sub(_HOLE, text)
+        text = _BARE_ADDRESS.sub(HOLE, text)
     text = _SPACES.sub(" ", html.unescape(text))
-    if _HOLE in text:
-        text = _close_holes(text)
+    if HOLE in text:
+        text = close_holes(text)
     text = _AFTER_OPENING.sub("(", text)
     if _EMPTY_PARENTHESES.search(text):
         text = _WITH_SPACE_BEFORE.sub("", text)
     return _tidy(text)
 
 
-def _close_holes(text: str) -> str:
-    """What a reader would not miss where something is left out: no space before a stop, no two spaces, no ", ,"."""
-    first, *rest = text.split(_HOLE)
-    made = [first.rstrip(" ")]
-    before, space = first.rstrip(" ")[-1:], first.endswith(" ")
-    for part in rest:
-        body = part.lstrip(" ")
-        space = space or len(body) < len(part)
-        if not body:  # another hole follows
+def _without_rows(text: str) -> str:
+    """Without the rows of tables that nothing closes, or that a template opened.
+
+    Lines that begin like rows may be prose. They are rows behind the opening of a table and behind a line that can be
+    nothing else, since a cell's text need not look like one.
+    """
+    kept, inside = [], False
+    for line in text.split("\n"):
+        if line.startswith(_OPENED):  # what follows are attributes
+            inside = True
             continue
-        if body[0] in _STOPS:
-            space = False
-            if body[0] in ",." and body[0] == before:
-                body = body[1:]
-        elif before == "(":
-            space = False
-        made.append(" " if space else "")
-        made.append(body.rstrip(" "))
-        space, before = body.endswith(" "), body.rstrip(" ")[-1:] or before
-    return "".join(made)
+        line = line.replace(_OPENED, "")
+        if _ROW.match(f"\n{line}"):
+            inside = inside or _SURE_ROW.match(line.lstrip(f" \t{HOLE}{_SEAM}")) is not None
+            if inside:
+                continue
+        kept.append(line)
+    return "\n".join(kept)
 
 
 def without_comments(text: str) -> str:
@@ -122,7 +129,7 @@ class _Walk:
     def __init__(self) -> None:
         self.pieces: list[str] = []
         self.open: list[tuple[str, int]] = []
-        self.places: dict[str, list[int]] = {"{{": [], "{{{": [], "[[": [], "{|": [], "<table": []}
+        self.places: dict[str, list[int]] = {kind: [] for kind in ("{{", "{{{", "[[", "{|", "<table", "-{")}
 
     def begin(self, kind: str) -> None:
         self.places[kind].append(len(self.open))
@@ -146,7 +153,8 @@ def _walk(text: str, dropped: frozenset[str]) -> list[str]:
     pieces = walk.pieces
     unclosed: set[str] = set()  # tags that nothing closes from here on
     at = 0
-    match = _DELIMITERS.search(text)
+    delimiters = _DELIMITERS_AND_VARIANTS if "-{" in text else _DELIMITERS
+    match = delimiters.search(text)
     while match is not None:
         start, end = match.span()
         if start > at:
@@ -165,11 +173,15 @@ def _walk(text: str, dropped: frozenset[str]) -> list[str]:
         elif head == "{":
             _open_braces(walk, len(token))
         elif head == "}":
-            _close_braces(walk, len(token))
+            _close_braces(walk, token)
+        elif head == "-":
+            walk.begin("-{")
+            pieces.append(token)  # stays if nothing closes it
         elif head == "\n":
             pieces.append("\n")
             if token[-1] == "|":
                 walk.begin("{|")
+                pieces.append(_OPENED)
             elif (first := walk.end("{|")) is not None:
                 del pieces[first:]
         elif (tag := match.group("tag")) is not None:
@@ -178,17 +190,24 @@ def _walk(text: str, dropped: frozenset[str]) -> list[str]:
             walk.begin("<table")
         elif (first := walk.end("<table")) is not None:
             del pieces[first:]
-        match = _DELIMITERS.search(text, at)
+        match = delimiters.search(text, at)
     pieces.append(text[at:])
     return pieces
 
 
 def _skip_tag(text: str, token: str, tag: str, end: int, unclosed: set[str], pieces: list[str]) -> int:
     """Where text goes on behind an opening tag and what belongs to it."""
-    mark = _SEAM if tag in ("ref", "references") else _HOLE
+    mark = _SEAM if tag in ("ref", "references") else HOLE
     if token.endswith("/>"):
         pieces.append(mark)
         return end
+    if (bounds := _CODE_BOUNDS.get(tag)) is not None:
+        bound = bounds.search(text, end)
+        if bound is None or not bound.group(1) or text.find("\n", end, bound.start()) < 0:
+            pieces.append(token)
+            return end
+        pieces.append(HOLE)
+        return bound.end()
     closing = None if tag in unclosed else _CLOSING[tag].search(text, end)
     if closing is None:
         unclosed.add(tag)
@@ -205,8 +224,11 @@ def _open_braces(walk: _Walk, count: int) -> None:
         walk.begin("{{")
 
 
-def _close_braces(walk: _Walk, count: int) -> None:
+def _close_braces(walk: _Walk, token: str) -> None:
+    """Two or more braces, or some and a dash, which end a variant if one brace is left for it."""
     pieces = walk.pieces
+    dash = token[-1] == "-"
+    count = len(token) - dash
     while count >= 2:
         templates, parameters = walk.places["{{"], walk.places["{{{"]
         if count >= 3 and parameters and (not templates or parameters[-1] > templates[-1]):
@@ -218,6 +240,12 @@ def _close_braces(walk: _Walk, count: int) -> None:
             count -= 2
         else:
             break
+    if dash:
+        first = walk.end("-{") if count else None
+        if first is None or len(walk.open) > _DEEPEST:
+            pieces.append(token if token == "}-" else "-")
+        else:
+            pieces[first:] = [first_variant("".join(pieces[first + 1 :])) or HOLE]
 
 
 def _close_link(pieces: list[str], first: int, depth: int, dropped: frozenset[str]) -> None:
@@ -227,9 +255,10 @@ def _close_link(pieces: list[str], first: int, depth: int, dropped: frozenset[st
     title, bar, words = inner.partition("|")
     prefix, colon, rest = title.partition(":")
     if colon:
-        prefix = prefix.strip().casefold()
-        hidden = _LANGUAGE.match(prefix) or (not bar and _SISTER.match(prefix))
-        if prefix in dropped or (prefix and not rest.startswith(" ") and hidden):
+        prefix = prefix.strip()
+        name = prefix.casefold()
+        hidden = prefix in LANGUAGES or (not bar and _SISTER.match(name))
+        if name in dropped or (hidden and not rest.startswith(" ")) or (prefix and _FILE_NAME.match(rest)):
             del pieces[first:]
             return
     pieces[first:] = [words if bar else title.strip().lstrip(":")]
@@ -238,9 +267,9 @@ def _close_link(pieces: list[str], first: int, depth: int, dropped: frozenset[st
 def _close_template(pieces: list[str], first: int, depth: int) -> None:
     words = words_of(pieces[first]) if len(pieces) > first else None
     if words is None or depth > _DEEPEST:
-        pieces[first:] = [_HOLE]
+        pieces[first:] = [HOLE]
     else:
-        pieces[first:] = [words(arguments("".join(pieces[first:]).replace(_HOLE, ""))) or _HOLE]
+        pieces[first:] = [words(arguments("".join(pieces[first:]).replace(HOLE, ""))) or HOLE]
 
 
 def _tidy(text: str) -> str:
@@ -253,7 +282,7 @@ def _tidy(text: str) -> str:
         if line[0] == "=" and (found := _HEADING.match(line)):
             lines.append((len(found.group(1)), found.group(2).strip()))
             continue
-        if _ROW.match(line):
+        if _FILE_LINE.match(line):
             continue
         line = line.lstrip("*#:; ")
         if line.strip("*#:;.,-–•·| "):

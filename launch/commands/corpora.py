@@ -95,4 +95,4 @@ def inspect(path: Path, sample: int | None, verify: bool, plot: Path | None) -> 
     else:
         from pipeline.results import report as run_report
 
-        console().print(run_report.table(path, verify=verify))
+        run_report.show(path, console(), verify=verify)

@@ -44,7 +44,10 @@ def recipe_options(command):
 @recipe_options
 @click.option("--num-gpus", type=click.IntRange(min=1), help="Ranks on this machine; without GPUs, CPU processes.")
 @click.option("--max-restarts", type=click.IntRange(min=0), default=0, show_default=True, help="After a crash.")
-def distill(recipes, vary, ds_config, resume, overrides, num_gpus, max_restarts, **options) -> None:
+@click.option(
+    "--master-port", "--master_port", type=click.IntRange(1, 65535), help="Where ranks meet.  [default: a free one]"
+)
+def distill(recipes, vary, ds_config, resume, overrides, num_gpus, max_restarts, master_port, **options) -> None:
     """Distill students on this machine: checks everything, then runs `deepspeed launch/distill.sh`.
 
     \b
@@ -71,6 +74,7 @@ def distill(recipes, vary, ds_config, resume, overrides, num_gpus, max_restarts,
     arguments += ["--compile"] if options["compile_layers"] else []
     arguments += ["--skip-preflight"] if options["skip_preflight"] else []
     arguments += ["--num_gpus", str(num_gpus)] if num_gpus else []
+    arguments += ["--master_port", str(master_port or process_group.free_port())]
     sys.exit(supervise.launch([*arguments, "--max-restarts", str(max_restarts)]))
 
 

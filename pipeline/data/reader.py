@@ -52,6 +52,11 @@ class Batch:
         parts = {name: None if value is None else value[rows] for name, value in vars(self).items()}
         return Batch(**parts)
 
+    @property
+    def tokens(self) -> int:
+        """Real ones, padding left out."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor | None]:
         """What an encoder takes, on a device: all but the samples' numbers."""
         tensors = {name: value for name, value in vars(self).items() if name != "samples"}

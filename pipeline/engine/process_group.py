@@ -156,6 +156,13 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
 def local_devices() -> int:
     """Ranks that the launcher starts on this machine when it is not told: one a GPU, or one on the CPU."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 1

@@ -120,6 +120,11 @@ def why_torn(checkpoint: Path, *, checksums: bool = False) -> str | None:
     return _difference(checkpoint, record.files, checksums=checksums)
 
 
+def was_finished(checkpoint: Path) -> bool:
+    """Whether it was whole once: it has a completion record, whatever that says now."""
+    return (checkpoint / RECORD).exists()
+
+
 def read_record(checkpoint: Path) -> Record:
     """The completion record of a checkpoint.
 

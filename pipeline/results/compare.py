@@ -25,7 +25,7 @@ class Outcome:
     Attributes:
         name: its folder, as short as tells it from the others.
         step: of its last record.
-        held_out: relation -> the last held-out loss.
+        held_out: relation -> the last held-out loss, which was measured at `held_out_step`.
         tokens_per_second: of its last training record; of all of a step's time, also where others trained beside it.
         parameters: of the student.
         scores: measure -> value: the last ones of training, and those that `evaluate` has left in the exported folder.
@@ -39,6 +39,7 @@ class Outcome:
     recipe: Recipe
     step: int
     held_out: dict[str, float]
+    held_out_step: int
     tokens_per_second: float
     parameters: int
     scores: dict[str, float]
@@ -71,6 +72,7 @@ def read(folders: Sequence[Path]) -> list[Outcome]:
                 recipe=recipe,
                 step=last.get("step", 0),
                 held_out=records.get("validation", {}).get("per_pair", {}),
+                held_out_step=records.get("validation", {}).get("step", 0),
                 tokens_per_second=last.get("tokens_per_second", 0.0),
                 parameters=_parameters(folder),
                 scores={f"{SCORES[name]}, training": course[-1][2] for name, course in scored.items()}
@@ -155,7 +157,7 @@ def _values(
     ]
     for pair in dict.fromkeys(pair for outcome in outcomes for pair in outcome.held_out):
         values[f"held-out {pair}"] = [
-            f"{outcome.held_out[pair]:.4f}{mark[letter]}" if pair in outcome.held_out else ""
+            f"{outcome.held_out[pair]:.4f}{mark[letter]}{_at(outcome)}" if pair in outcome.held_out else ""
             for outcome, letter in zip(outcomes, letters, strict=True)
         ]
     for measure in dict.fromkeys(measure for outcome in outcomes for measure in outcome.scores):
@@ -165,11 +167,16 @@ def _values(
     return values
 
 
+def _at(outcome: Outcome) -> str:
+    """At which step the held-out loss was measured, if not at the last one."""
+    return "" if outcome.held_out_step == outcome.step else f" at {outcome.held_out_step:,}"
+
+
 def _course(
     folder: Path, recipe: Recipe
 ) -> tuple[list[Point], list[Point], dict[str, list[Point]], dict[str, dict[str, Any]]]:
     """The losses of the training records and of the held-out ones, the scores, and the last record of each kind."""
-    tokens = recipe.optimizer.global_batch_samples * recipe.data.seq_tokens
+    tokens = recipe.optimizer.global_batch_samples * recipe.data.seq_tokens  # of a step, less where rows are padded
     training, validation, scored, last = [], [], {}, {}
     step, seconds = 0, 0.0
     for record in iterate_metrics(folder):
@@ -178,6 +185,8 @@ def _course(
             a_step = record.get("seconds", {}).get("total", 0.0) if isinstance(record.get("seconds"), dict) else 0.0
             seconds += max(0, record["step"] - step) * a_step
             step = record["step"]
+            if isinstance(record.get("tokens_seen"), int) and step > 0:
+                tokens = record["tokens_seen"] / step
             training.append((step * tokens, seconds, record["loss"]))
         elif record["kind"] == "validation":
             at = record["step"] * tokens, seconds

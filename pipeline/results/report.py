@@ -8,12 +8,16 @@ from pipeline.recipes import load_recipe
 from pipeline.training.metrics import SCORES, iterate_metrics
 
 
-def table(folder: Path, *, verify: bool = False):
-    """The recipe in short, the last record of each kind, and every checkpoint, whole or torn, as a rich group.
+def show(folder: Path, console, *, verify: bool = False) -> None:
+    """The recipe in short, the last record of each kind, and every checkpoint, whole or torn.
 
     Args:
         folder: of the run.
+        console: a rich console.
         verify: read every byte of the checkpoints and compare checksums; else sizes alone are compared.
+
+    Raises:
+        UserError: the folder is no run's; or, to `verify`, a checkpoint is damaged (not: was never finished).
     """
     from rich.console import Group
     from rich.table import Table
@@ -33,11 +37,13 @@ def table(folder: Path, *, verify: bool = False):
     measured = last.get("validation", {})
     for name in filter(measured.__contains__, SCORES):
         run.add_row(SCORES[name], f"{measured[name]:.1%} at step {measured['step']:,}")
+    damaged = []
     checkpoints = Table("checkpoint", "samples seen", "ranks", "ZeRO stage", "MB", "state", title="Checkpoints")
     for path in sorted((folder / "checkpoints").glob("step-*")):
         problem = records.why_torn(path, checksums=verify)
         if problem:
             checkpoints.add_row(path.name, "", "", "", "", f"torn: {problem}")
+            damaged += [path.name] if records.was_finished(path) else []
             continue
         record = records.read_record(path)
         size = sum(facts["bytes"] for facts in record.files.values()) / 1e6
@@ -49,4 +55,6 @@ def table(folder: Path, *, verify: bool = False):
             "whole, verified" if verify else "whole",
         )
         checkpoints.add_row(path.name, *row)
-    return Group(run, checkpoints)
+    console.print(Group(run, checkpoints))
+    if verify and damaged:
+        raise UserError(f"damaged in {folder}: {', '.join(damaged)}. Whole checkpoints are not touched by that")

@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def iterate_metrics(output: Path, kind: str | None = None) -> Iterator[dict[str,
     with path.open("rb") as lines:
         for line in lines:
             with contextlib.suppress(ValueError, RecursionError):
-                record = json.loads(line)
+                record = _replaced(json.loads(line), lambda x: x is None, math.nan)
                 if _is_record(record) and kind in (None, record["kind"]):
                     yield record
 
@@ -54,4 +55,15 @@ def thinned(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def line_of(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record) + "\n").encode()
+    """A record as a line of JSON, which knows no number that is not finite: null stands for it."""
+    return (
+        json.dumps(_replaced(record, lambda x: isinstance(x, float) and not math.isfinite(x), None)) + "\n"
+    ).encode()
+
+
+def _replaced(value: Any, which: Callable[[Any], bool], by: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _replaced(inner, which, by) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_replaced(inner, which, by) for inner in value]
+    return by if which(value) else value

@@ -24,11 +24,15 @@ class Terminal:
 
     def __init__(self, *, total_steps: int, first_step: int, is_main: bool) -> None:
         self._total_steps, self._first_step, self._is_main = total_steps, first_step, is_main
-        self._started, self._bar = time.perf_counter(), None
-        if is_main and sys.stderr.isatty():
+        self._began, self._bar = time.perf_counter(), None
+
+    def begin(self) -> None:
+        """From here on time counts for what is left: steps are taken, everything is loaded."""
+        self._began = time.perf_counter()
+        if self._is_main and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=self._total_steps, initial=self._first_step, unit="step", dynamic_ncols=True)
 
     def progress(self, step: int, text: str) -> None:
         """Show where the job is: moves the bar on a terminal, prints a line elsewhere."""
@@ -39,7 +43,7 @@ class Terminal:
             self._bar.update(step - self._bar.n)
             return
         done = step - self._first_step
-        left = (time.perf_counter() - self._started) / max(1, done) * (self._total_steps - step)
+        left = (time.perf_counter() - self._began) / max(1, done) * (self._total_steps - step)
         self.say(f"step {step}/{self._total_steps}  {text}  left {clock(left)}")
 
     def say(self, text: str) -> None:
@@ -161,6 +165,27 @@ class PhaseTimer:
         return taken
 
 
+class Interval:
+    """Since when throughput and waiting are counted; saving is, measuring is not."""
+
+    def __init__(self, first_step: int, data_wait_seconds: float) -> None:
+        self._first_step, self._began = first_step, time.perf_counter()
+        self.data_wait_seconds = data_wait_seconds
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """What happens meanwhile takes no time of a step."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+    def steps(self, step: int) -> int:
+        return step - self._first_step
+
+    def seconds_a_step(self, step: int) -> float:
+        return (time.perf_counter() - self._began) / self.steps(step)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process has held: on its GPU, or resident on the CPU."""
     if device.type == "cuda":
@@ -183,10 +208,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def start_monitor(config: dict[str, Any], output: Path, summary: str):
+def start_monitor(config: dict[str, Any], output: Path, summary: str, first_step: int):
     """DeepSpeed's monitor: TensorBoard under `output`/tensorboard, and W&B, Comet or CSV where `config` asks for it.
 
-    `summary` is shown in TensorBoard as a text.
+    `summary` is shown in TensorBoard as a text. What earlier starts have written there of steps after `first_step`,
+    which are taken again, is no longer shown.
     """
     from deepspeed.monitor.config import get_monitor_config
     from deepspeed.monitor.monitor import MonitorMaster
@@ -196,5 +222,15 @@ def start_monitor(config: dict[str, Any], output: Path, summary: str):
     chosen.setdefault("tensorboard", dict(enabled=True, output_path=str(output), job_name="tensorboard"))
     monitor = MonitorMaster(get_monitor_config(chosen))
     if writer := getattr(monitor.tb_monitor, "summary_writer", None):
+        forget_later(writer, first_step)
         writer.add_text("recipe", summary)
     return monitor
+
+
+def forget_later(writer, first_step: int) -> None:
+    """Let TensorBoard drop what earlier files say of steps after `first_step`, which are taken again."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    if first_step:
+        begins = SessionLog(status=SessionLog.START)
+        writer.file_writer.add_event(Event(step=first_step + 1, session_log=begins))

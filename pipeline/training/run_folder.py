@@ -4,6 +4,7 @@ A folder is taken only if it is new, empty, or marked as a run's by `run.json`, 
 what is exported from it bears. For the life of a job rank 0 holds a lock on `run.lock`, see `run_lock`.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -52,6 +53,28 @@ def check_claimable(output: Path) -> None:
 def _names(folder: Path) -> list[str]:
     """What is in a folder, but for what a claim that was cut short has left."""
     return sorted(path.name for path in folder.iterdir() if path.name not in (LOCK, f"{MARKER}.partial"))
+
+
+def marker_of(output: Path) -> bytes:
+    """The marker as it stands there; nothing if there is none."""
+    try:
+        return (output / MARKER).read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def require_unmoved(output: Path, marker: bytes) -> None:
+    """Refuse to write where the folder that a job began with is no longer.
+
+    Raises:
+        UserError: it was moved, removed or replaced.
+    """
+    with contextlib.suppress(OSError):  # a disk that cannot be read now: whether it can be written, saving will tell
+        if marker_of(output) != marker:
+            raise UserError(
+                f"{output} is no longer the folder that this job began with: it was moved, removed or replaced "
+                "meanwhile. Nothing more is written. Put it back and start again: it goes on from its newest checkpoint"
+            )
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ from pipeline.relations.qkv import QKV
 from pipeline.tasks.vectors import qkv_vectors
 from pipeline.training import run_folder
 from pipeline.training.build import compared_layers, fresh_student
-from pipeline.training.metrics import SCORES
+from pipeline.training.metrics import SCORES, read_metrics
 from pipeline.training.monitor import PhaseTimer, RunLog, peak_memory_bytes, start_monitor
 
 
@@ -69,6 +69,7 @@ class StudentRun:
             global_batch_samples=recipe.optimizer.global_batch_samples,
             relations=len(recipe.relations.loss_names()),
         )
+        self._marker = run_folder.marker_of(self.output)
         if self.rank == 0:
             run_folder.describe(self.output, recipe, ds_config, corpus, student)
         self.engine = start_student(student, recipe.optimizer, ds_config)
@@ -90,13 +91,17 @@ class StudentRun:
         aside = ranks.decided_by_rank_0(lambda: checkpoint.set_aside(checkpoints, self.step))
         self.log = RunLog(
             self.output,
-            start_monitor(self._ds_config, self.output, self.recipe.as_text()).write_events,
+            start_monitor(self._ds_config, self.output, self.recipe.as_text(), self.step).write_events,
             first_step=self.step,
             is_main=self.rank == 0,
             say=self.say,
         )
         if aside is not None:
             self.say(f"went back to step {self.step}: the checkpoints of later steps are now in {aside}")
+
+    def last_logged(self, name: str) -> Any:
+        """What the log's last training record up to the present step says; None if nothing."""
+        return next((r.get(name) for r in reversed(read_metrics(self.output, "train")) if r["step"] <= self.step), None)
 
     def say(self, text: str) -> None:
         """A line for the terminal, with the run's name if it is one of several."""
@@ -243,6 +248,7 @@ class StudentRun:
             teacher_fingerprint=self._teacher_fingerprint,
             files={},
         )
+        ranks.decided_by_rank_0(lambda: run_folder.require_unmoved(self.output, self._marker))
         checkpoint.save(self.engine, self.output / run_folder.CHECKPOINTS, record)
         seconds = time.perf_counter() - began
         self.log.record("checkpoint", self.step, {"seconds": seconds})

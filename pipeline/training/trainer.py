@@ -7,10 +7,8 @@ are seeded anew for every micro-batch and rank. So the state of a run is what De
 Several students may learn side by side from one pass of the teacher; each computes what it would compute alone.
 """
 
-import contextlib
 import dataclasses
 import faulthandler
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +25,7 @@ from pipeline.engine.records import Record
 from pipeline.relations.qkv import QKV
 from pipeline.training import company
 from pipeline.training.build import data_options
-from pipeline.training.monitor import PhaseTimer, Terminal
+from pipeline.training.monitor import Interval, PhaseTimer, Terminal
 from pipeline.training.stopping import EXIT_DIVERGED, EXIT_REQUEUE, StopRequest
 from pipeline.training.student_run import StudentRun, loss_text
 from pipeline.training.validation import Validation
@@ -80,6 +78,8 @@ class Distillation:
             world_size=self.world_size,
             samples_seen=self.samples_seen,
         )
+        self.is_padded = self.recipe.data.packing == "none"
+        self._tokens_seen, self._tokens_taken = self._tokens_before(), 0  # of all ranks; of this one, not yet logged
         self.validation = Validation(
             self.recipe,
             corpus,
@@ -87,6 +87,15 @@ class Distillation:
             teach=self._teach,
             say=self.terminal.say,
         )
+
+    def _tokens_before(self) -> int:
+        """Real tokens of the steps before this start. Where rows are padded the log tells, which has a record of every
+        step that was saved."""
+        tokens = self.samples_seen * self.recipe.data.seq_tokens
+        if not self.is_padded or not self.step:
+            return tokens
+        logged = ranks.decided_by_rank_0(lambda: self.runs[0].last_logged("tokens_seen"))
+        return logged if isinstance(logged, int) else tokens
 
     def _place_teacher(self, ds_config: dict[str, Any]) -> tuple[torch.nn.Module, placement.Placement]:
         """The teacher up to the deepest layer that a student learns from."""
@@ -140,20 +149,24 @@ class Distillation:
         else:
             self.terminal.say(f"resumed from step {self.step} ({self.samples_seen:,} samples seen)")
         batches = iter(self.loader)
-        interval = _Interval(self.step, self.loader.data_wait_seconds)
-        every = self.recipe.logging
+        interval = Interval(self.step, self.loader.data_wait_seconds)
+        every, saved_every = self.recipe.logging, self.recipe.checkpoint.every_steps
+        self.terminal.begin()
         while self.step < end and self.active:
             faulthandler.dump_traceback_later(every.hang_seconds)
             self._take_step(batches)
             after_step()
-            if self.step % every.every_steps == 0 or self.step == end:
+            is_logged = self.step % every.every_steps == 0 or self.step == end
+            if is_logged or (self.is_padded and self.step % saved_every == 0):
                 self._log_step(interval)
-                interval = _Interval(self.step, self.loader.data_wait_seconds)
+                interval = Interval(self.step, self.loader.data_wait_seconds)
             if self.step == last_step or (every.validate_every_steps and self.step % every.validate_every_steps == 0):
                 with interval.left_out():
                     self.validate()
             stopping = self.stop.agreed(self.device)
-            if stopping or self.step == end or self.step % self.recipe.checkpoint.every_steps == 0:
+            if stopping and self.is_padded and interval.steps(self.step):
+                self._log_step(interval)
+            if stopping or self.step == end or self.step % saved_every == 0:
                 self._save(self.active)
             else:
                 self._save([run for run in self.active if run.has_diverged])
@@ -209,6 +222,7 @@ class Distillation:
             run.begin_step()
         for number in range(self.accumulation_steps):
             taken.append(next(batches))
+            self._tokens_taken += taken[-1].tokens if self.is_padded else 0
             inputs = taken[-1].inputs(self.device)
             teacher = self._teach(inputs)
             for run in runs:
@@ -241,12 +255,12 @@ class Distillation:
         with self.timer.phase("teacher"), torch.no_grad():
             return dict(zip(self.teacher_layers, self.teacher(**inputs), strict=True))
 
-    def _log_step(self, interval: "_Interval") -> None:
+    def _log_step(self, interval: Interval) -> None:
         seconds, steps = interval.seconds_a_step(self.step), interval.steps(self.step)
-        tokens = self.recipe.optimizer.global_batch_samples * self.recipe.data.seq_tokens
+        tokens = self._count_tokens()
         shared: dict[str, Any] = dict(
-            tokens_seen=self.step * tokens,
-            tokens_per_second=tokens / seconds,
+            tokens_seen=self._tokens_seen,
+            tokens_per_second=tokens / steps / seconds,
             flops_per_second=self.operations / seconds,
             side_by_side=len(self.active),
             shares=self.loader.shares(self.samples_seen),
@@ -260,25 +274,14 @@ class Distillation:
         texts = [f"{loss_text(logged[0])}  lr {self.active[0].lr:.1e}"]
         if len(self.runs) > 1:
             texts = [f"{run.name} {values['loss']:.4f}" for run, values in zip(self.active, logged, strict=True)]
-        self.terminal.progress(self.step, f"{'  |  '.join(texts)}  {tokens / seconds:,.0f} tokens/s")
+        self.terminal.progress(self.step, f"{'  |  '.join(texts)}  {shared['tokens_per_second']:,.0f} tokens/s")
 
-
-class _Interval:
-    """Since when throughput and waiting are counted; saving is, measuring is not."""
-
-    def __init__(self, first_step: int, data_wait_seconds: float) -> None:
-        self._first_step, self._began = first_step, time.perf_counter()
-        self.data_wait_seconds = data_wait_seconds
-
-    @contextlib.contextmanager
-    def left_out(self) -> Iterator[None]:
-        """What happens meanwhile takes no time of a step."""
-        began = time.perf_counter()
-        yield
-        self._began += time.perf_counter() - began
-
-    def steps(self, step: int) -> int:
-        return step - self._first_step
-
-    def seconds_a_step(self, step: int) -> float:
-        return (time.perf_counter() - self._began) / self.steps(step)
+    def _count_tokens(self) -> int:
+        """Real tokens of all ranks since the last call, which `_tokens_seen` is raised by."""
+        before = self._tokens_seen
+        if self.is_padded:
+            self._tokens_seen += sum(ranks.gathered(self._tokens_taken))
+            self._tokens_taken = 0
+        else:
+            self._tokens_seen = self.samples_seen * self.recipe.data.seq_tokens
+        return self._tokens_seen - before

@@ -44,7 +44,7 @@ from tests.data_prep.readers.test_wikipedia import block_of_pages
         # links
         ("[[wikt:word|word]] [[wikt:x]] [[:fr:Mot]] [[fr:Mot]] [[w:en:Page|page]]", "word fr:Mot page"),
         ("[[File:x.jpg|thumb|a [[b]] ''c'' {{d}} [http://e f]]]Text", "Text"),
-        ("[//example.org Title] [mailto:a@b.c] https://example.org/a_(b) end", "Title [mailto:a@b.c] end"),
+        ("[//example.org Title] [mailto:a@b.c] https://example.org/a_(b) end", "Title end"),
         ("[[a|b]]s and [[c]]ed, [[d#e|f|g]]", "bs and ced, f|g"),
         # entities, comments, nowiki
         ("a&nbsp;b &ndash; c &lt;ref&gt; <nowiki>{{raw}}</nowiki> d<!-- x {{ -->e", "a b – c <ref> {{raw}} de"),
@@ -59,6 +59,54 @@ from tests.data_prep.readers.test_wikipedia import block_of_pages
         (":::{|\n| x\n|}\ny", "y"),
         ("; term : meaning\n:: reply\n*# item", "term : meaning\nreply\nitem"),
         ("a < b and c > d, x<y", "a < b and c > d, x<y"),
+        # files under any name of their namespace
+        ("[[Bild:Foo.jpg|thumb|200px|Eine [[b|Unterschrift]]]]Text", "Text"),
+        ("[[Imagen:a b.SVG|thumb|x]][[Картинка:Я.jpeg |мини|y]]Text [[:Bild:Foo.jpg|shown]]", "Text shown"),
+        ("[[commons:File:a.jpg|a picture]], [[Foo.jpg]], [[Star Wars: Episode I|Wars]]", "a picture, Foo.jpg, Wars"),
+        # titles with a colon that are no interlanguage links
+        ("[[SQL:2003]], [[Re:Zero]] [[CSI:NY]] [[Sex:Pol]] [[xyz:a]]", "SQL:2003, Re:Zero CSI:NY Sex:Pol xyz:a"),
+        ("[[de:A]][[zh-min-nan:B]][[simple:C]][[be-x-old:D]][[roa-tara:E|f]]Text", "Text"),
+        # code inside of a sentence
+        ("Call <code>print()</code> to print.", "Call print() to print."),
+        ("Press <kbd>A</kbd>, <tt>''b''</tt> or <CODE class=x>[[c|d]]</CODE>''e''.", "Press A, b or de."),
+        ("Before <code>\na = 1\n\nb</code><samp>c\nd</samp> after.", "Before after."),
+        (
+            "Never <code>closed\n\nbut <code>x</code> and <tt>prose\n\nthe end.",
+            "Never closed\nbut x and prose\nthe end.",
+        ),
+        ("Named x ({{IPA|y}}), f({{z}}) and g(<!-- h -->) ().", "Named x, f and g()."),
+        # variants of a script
+        ("-{zh-hans:计算机; zh-hant:電腦}-和-{字}-。", "计算机和字。"),
+        ("-{A|zh-cn:[[a|内存]];zh-tw:{{nowrap|記憶體}};}-甲-{R|乙}-", "内存甲乙"),
+        ("-{H|zh-cn:a;zh-tw:b}--{T|zh:c}--{-|zh:d}-文", "文"),
+        ("-{zh-tw:{{nowrap|甲&nbsp;a}}}-乙 {{nowrap|-{zh:丙;zh-hant:丁}-}} [[x|-{A|zh-hk:戊}-]]", "甲 a乙 丙 戊"),
+        ("-{sr-ec:реч;sr-el:reč}- {{nowrap|a}}-{{nowrap|b}}-{c}-", "реч a-bc"),
+        ("e-{x a}- -{open {{b}}- c}-d }- e", "ex a open - cd }- e"),
+        ("a -{open", "a -{open"),
+        # more templates that are words
+        (
+            "{{convert|6|ft|2|in|cm}} {{cvt|12|st|4|lb|kg}} {{convert|2|yd|1|ft|3|in|m}}",
+            "6 ft 2 in 12 st 4 lb 2 yd 1 ft 3 in",
+        ),
+        (
+            "{{convert|3|lb|5|oz|kg|abbr=on}}, {{convert|1|mi|20|yd}}, {{convert|6|ft|m|2}}",
+            "3 lb 5 oz, 1 mi 20 yd, 6 ft",
+        ),
+        ("{{convert|5|to|10|km}}, {{convert|5|-|10|km|mi}}, {{convert|5|x|10|m}}", "5 to 10 km, 5–10 km, 5 × 10 m"),
+        ("{{convert|5|,|6|, and|7|km}}, {{convert|2|*|3|xx|4|m}}", "5, 6, and 7 km, 2 × 3 × 4 m"),
+        (
+            "{{as of|2015|6|30}}, {{as of|2015|06|lc=y}}, {{As of|2015|June|since=y}}",
+            "As of 30 June 2015, as of June 2015, Since June 2015",
+        ),
+        (
+            "{{as of|2015|6|30|df=US|lc=on}}, {{as of|2015|alt=by 2015}}, {{as of|2015|1|bare=y}}",
+            "as of June 30, 2015, by 2015, January 2015",
+        ),
+        (
+            "{{as of}}{{chem|H|2|O}} {{chem2|SO4(2-)}} {{Chem2|2 H2 + O2 -> 2 H2O|link=x}}",
+            "H2O SO42− 2 H2 + O2 → 2 H2O",
+        ),
+        ("[mailto:a@b.c mail] and [MAILTO:a@b.c?subject=x]", "mail and"),
         ("", ""),
     ],
 )
@@ -123,21 +171,85 @@ def test_markup_of_other_languages(language, tmp_path):
 
 HOSTILE = ["{{", "}}", "{{{", "{{}}", "{{x}} ", "{{lang|a|", "[[", "]]", "[[File:", "[http://a ", "http://"]
 HOSTILE += ["{|", "\n{|\n", "|}", "\n|}", "<table", "<ref>", "<ref", "</ref>", "<nowiki>", "<!--", "''", "'''"]
-HOSTILE += ["(", "( ,", "=", "\n=", " ", "&", "__A"]
+HOSTILE += [
+    "(",
+    "( ,",
+    "=",
+    "\n=",
+    " ",
+    "&",
+    "__A",
+    "-{",
+    "}-",
+    "-{a}-",
+    "-{A|zh:",
+    "zh:a;",
+    "-{}}",
+    "}}-{",
+    "\n|",
+    "\n|-\n",
+]
+HOSTILE += [
+    "<code>",
+    "<code>\n",
+    "<tt><code>",
+    "</code>",
+    "[[a:b.jpg",
+    "[[a:.jpg ",
+    "\n{|\x02",
+    "{{as of|",
+    "[mailto:a ",
+]
+HOSTILE += ["-{zh:a;zh:b;}-", "(see", "x()", "\n!"]
 
 
-@pytest.mark.parametrize("piece", HOSTILE)
-def test_time_grows_with_the_text(piece):
+CLOSED = [("-{", "zh:a;", "}-"), ("-{", "-{zh:", "}-" * 50_000), ("{{convert", "|1|x", "}}"), ("[[a:", ".jpg ", "]]")]
+CLOSED += [("<code>", "<code>", "</code>\n</code>"), ("{|\n", "|a=", "\n|a"), ("{{chem|", "(1-)", "}}")]
+
+
+@pytest.mark.parametrize(("before", "piece", "after"), [*(("", piece, "") for piece in HOSTILE), *CLOSED])
+def test_time_grows_with_the_text(before, piece, after):
     """Eight times the text may take eight times the time, and some noise; quadratic would be sixty-four."""
 
     def seconds(count):
-        text = piece * (count // len(piece))
+        text = f"{before}{piece * (count // len(piece))}{after}"
         began = time.process_time()
         clean(text)
         expected_characters(text)
         return time.process_time() - began
 
     assert seconds(400_000) < 24 * max(0.02, min(seconds(50_000) for _ in range(3)))
+
+
+@pytest.mark.parametrize(
+    "prose",
+    [
+        "'''!!!''' is an American band.",
+        "'''!Kung''' is a language.",
+        "!Xóõ is another one.",
+        "|x| denotes the absolute value, ||x|| a norm.",
+        "|x| = 5",
+    ],
+)
+@pytest.mark.parametrize("around", ["{}", "{{|\n! a !! b\n|-\n| 1 || 2\n|}}\n{}", "{}\n{{| class=x\n|-\n|1||2\n"])
+def test_lines_that_begin_like_rows_are_prose(prose, around):
+    assert clean(around.format(prose)) == prose.replace("'''", "")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        '{| class="wikitable"\n|+Title\n!Head!!Other\n|-\n|1||2\n| 3\n',
+        "::{|\n|1\n\n|2\n",
+        "{{nowrap|a\n{|\n| b}}\n|1||2\n",
+        "{{Table begin}}\n! Head\n|-\n|1||2\n{{Table end}}\n",
+        "{{x}}{| class=a\n|-\n|1\n|}\n",
+        "{{Infobox\n|name = x\n|image=y\n|z\n",
+    ],
+)
+def test_rows_of_tables_that_nothing_closes_go(rows):
+    text = clean(f"Before.\n{rows}After.").replace("Infobox\n", "")
+    assert text in ("Before.\nAfter.", "Before.\na\nAfter.")
 
 
 def test_random_markup_never_fails_and_loses_no_plain_words():

@@ -109,7 +109,7 @@ def test_weights_on_nvme_give_the_same_curve(unbroken, distill, tmp_path):
 def _can_be_inspected_and_exported(run):
     lines = Console(width=200)
     with lines.capture() as shown:
-        lines.print(report.table(run))
+        report.show(run, lines)
     assert "whole" in shown.get() and "torn" not in shown.get()
     finished = FinishedRun.open(run)
     weights = load_exported(export(finished, run.parent / "export")).state_dict()

@@ -133,7 +133,7 @@ class TestEveryConfiguration:
         run = trained / f"{name}-{ranks}"
         lines = Console(width=200)
         with lines.capture() as shown:
-            lines.print(report.table(run))
+            report.show(run, lines)
         assert shown.get().count("whole") == 2 and "torn" not in shown.get()
         exported = load_exported(export(FinishedRun.open(run))).state_dict()
         weights = last_weights(run)

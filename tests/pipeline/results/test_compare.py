@@ -84,8 +84,18 @@ def test_scores_of_training_are_shown_where_there_are_any(pair):
     lines = picture.findall("{http://www.w3.org/2000/svg}polyline")
     assert len([line for line in lines if line.get("points")]) == 4 + 4  # two panels of losses, and two of each score
     console = Console(width=200, record=True, file=open("/dev/null", "w"))
-    console.print(report.table(pair[0]))
+    report.show(pair[0], console)
     assert "37.5% at step 6" in console.export_text()
+
+
+def test_a_held_out_loss_of_another_step_says_so(pair):
+    metrics = pair[0] / "metrics.jsonl"
+    whole = metrics.read_text()
+    assert " at 0" not in shown(compare.read(pair))
+    kept = [line for line in whole.splitlines(True) if not ('"validation"' in line and '"step": 0' not in line)]
+    metrics.write_text("".join(kept))  # as of a run that was stopped before it measured again
+    assert " at 0" in shown(compare.read(pair))
+    metrics.write_text(whole)
 
 
 def test_the_picture_holds_a_curve_of_each_run_against_tokens_and_time(pair):

@@ -1,4 +1,5 @@
 import json
+import math
 import textwrap
 
 from pipeline.training import monitor
@@ -33,6 +34,46 @@ def test_what_a_crash_undid_is_forgotten_on_resume(tmp_path):
     log(tmp_path, first_step=3).close()
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
     assert (tmp_path / "metrics.jsonl").stat().st_ino != before  # a new file, by rename
+
+
+def test_numbers_that_are_not_finite_are_null_for_programs_and_nan_here(tmp_path):
+    run_log = log(tmp_path)
+    run_log.record("train", 1, {"loss": float("nan"), "gradient_norm": float("inf"), "per_pair": {"qq": 1.0}})
+    run_log.close()
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse)["gradient_norm"] is None
+    (record,) = read_metrics(tmp_path)
+    assert math.isnan(record["loss"]) and record["per_pair"] == {"qq": 1.0}
+
+
+def test_steps_that_are_taken_again_are_shown_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    for first, last, value in ((0, 5, 1.0), (3, 6, 2.0)):  # the second start goes on from step 3
+        with SummaryWriter(str(tmp_path), filename_suffix=str(first)) as writer:
+            monitor.forget_later(writer, first)
+            for step in range(first + 1, last + 1):
+                writer.add_scalar("train/loss", value, step)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert shown == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+
+
+def test_what_is_left_counts_from_the_first_step(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: now[0])
+    terminal = Terminal(total_steps=30, first_step=10, is_main=True)
+    now[0] += 300  # loading takes long
+    terminal.begin()
+    now[0] += 10
+    terminal.progress(20, "loss 1.0")
+    assert capsys.readouterr().out == "step 20/30  loss 1.0  left 0:00:10\n"
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
@@ -144,7 +185,7 @@ def test_lines_that_are_no_records_are_passed_over(tmp_path):
     good = [{"kind": "train", "step": 1, "loss": 1.0}, {"kind": "validation", "step": 1, "loss": 1, "per_pair": {}}]
     bad = [[], 7, None, {"kind": "train"}, {"kind": [], "step": 1}, {"kind": "train", "step": "1"}, {"step": 1}]
     bad += [{"kind": "train", "step": 1, "loss": "x"}, {"kind": "validation", "step": 1, "loss": 1.0}]
-    bad += [{"kind": "validation", "step": 1, "loss": 1.0, "per_pair": {"qq": None}}]
+    bad += [{"kind": "validation", "step": 1, "loss": 1.0, "per_pair": {"qq": "x"}}]
     lines = [json.dumps(record) for record in (*bad, *good)] + ["", "{", "[" * 100_000, "\x00"]
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe")
     assert read_metrics(tmp_path) == good
