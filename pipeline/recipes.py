@@ -42,13 +42,14 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a TOML file: {error}") from None
+    overrides = list(overrides)
     for override in overrides:
         _apply_override(table, override)
     table = _expand(table)
     for section, key in (("run", "output"), ("data", "corpus"), ("teacher", "nvme_path"), ("logging", "probe")):
         if isinstance(table.get(section), dict) and isinstance(table[section].get(key), str):
             table[section][key] = os.path.expanduser(table[section][key])
-    return parse_recipe(table, where=str(path))
+    return parse_recipe(table, where=f"{path}{' with its overrides' if overrides else ''}")
 
 
 def load_recipes(names: Sequence[str], overrides: Iterable[str] = (), vary: Iterable[str] = ()) -> list[Recipe]:

@@ -269,7 +269,8 @@ def validation_batches(
     if part == 0:
         raise UserError(
             f"the validation split of {corpus.folder} has {int(sample_set.sizes.sum())} samples and {samples} were "
-            f"asked for: {world_size} ranks need at least one each; prepare the corpus with a larger --validation"
+            f"asked for: {world_size} ranks need at least one each. Raise logging.validation_samples, or prepare the "
+            "corpus with a larger --validation"
         )
     places = sample_set.locate(np.arange(rank * part, (rank + 1) * part, dtype=np.int64))
     for row in range(0, part, micro_batch_samples):

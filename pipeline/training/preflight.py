@@ -21,7 +21,7 @@ from data_prep.tokens.tokenizer import Tokenizer
 from pipeline.config import Recipe, flat
 from pipeline.data.loader import SampleSet, validation_batches
 from pipeline.encoders.architectures import mixes_neighbours, require_activation_checkpointing
-from pipeline.encoders.models import position_limit, student_config
+from pipeline.encoders.models import StudentShape, position_limit, student_config
 from pipeline.encoders.student_init import TAIL_INITS, parse_init
 from pipeline.engine import deepspeed_config, records
 from pipeline.engine.operators import require_async_io
@@ -76,7 +76,7 @@ def _check_models(recipe: Recipe, ds_config: dict[str, Any], teacher: Pretrained
             'data.attention = "document", but a convolution of this model (conv_kernel_size) lets documents see each '
             'other: use "window"; with data.packing = "none" no window holds two documents'
         )
-    _check_init(recipe.student.init, recipe.student.tail_init, shape.layers, teacher.num_hidden_layers)
+    _check_init(recipe.student.init, recipe.student.tail_init, shape, teacher)
 
 
 def facts(recipes: Sequence[Recipe], ds_config: dict[str, Any], corpus: Corpus) -> dict[str, str]:
@@ -226,8 +226,13 @@ def _check_nvme(recipe: Recipe, ds_config: dict[str, Any]) -> None:
         require_async_io()
 
 
-def _check_init(init: str, tail_init: str, student_layers: int, teacher_layers: int) -> None:
-    parse_init(init, student_layers, teacher_layers)
+def _check_init(init: str, tail_init: str, shape: StudentShape, teacher: PretrainedConfig) -> None:
+    kind, _ = parse_init(init, shape.layers, teacher.num_hidden_layers)
+    if kind != "random" and shape.hidden > teacher.hidden_size:
+        raise UserError(
+            f"student.init = {init!r} needs a student no wider than its teacher, of {teacher.hidden_size}; "
+            f'student.shape says {shape.hidden}. Choose "random"'
+        )
     if tail_init not in TAIL_INITS:
         raise UserError(f"student.tail_init = {tail_init!r} is not one of {', '.join(TAIL_INITS)}")
 

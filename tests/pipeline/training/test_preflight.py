@@ -43,6 +43,13 @@ def test_labelled_texts_must_be_usable_and_have_held_out_samples_beside_them(toy
     refused("has no validation split", f"logging.probe={good}", f"data.corpus={corpus}")
 
 
+def test_a_student_wider_than_its_teacher_is_refused_before_weights_are_read(toy_overrides):
+    for init in ("slice", "pca", "embeddings"):
+        recipe = load_recipe("demo", [*toy_overrides, f"student.init={init}", "student.shape=2x96"])
+        with pytest.raises(UserError, match=f"student.init = '{init}' needs a student no wider"):
+            check([recipe], read_ds_config("cpu"), world_size=1)
+
+
 def test_folders_on_nvme_must_exist(tmp_path):
     recipe = load_recipe("demo")
     with pytest.raises(UserError, match="offload_param.nvme_path = '/local_nvme': expected a folder that exists"):
