@@ -133,6 +133,7 @@ def _clean_settings(seq_tokens: int):
         kept = {name: value for name, value in settings.items() if name not in _FOREIGN_SETTINGS}
         if kept.get("tokenizer_class") == "TokenizersBackend":  # as transformers 5 writes what 4 knows by another name
             kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+            kept.setdefault("model_input_names", ["input_ids", "attention_mask"])  # to which 4 would add token types
         if isinstance(kept.get("extra_special_tokens"), list):
             kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
         return {**kept, "model_max_length": seq_tokens}

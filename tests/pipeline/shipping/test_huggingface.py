@@ -116,6 +116,7 @@ def test_a_tokenizer_is_written_in_words_that_older_libraries_know_and_never_wit
     make_student(source, tmp_path / "student")
     written = json.loads((tmp_path / "student" / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["model_input_names"] == ["input_ids", "attention_mask"]
     assert written["additional_special_tokens"] == ["[X]", "[Y]"] and "extra_special_tokens" not in written
     mine, given = AutoTokenizer.from_pretrained(tmp_path / "student"), AutoTokenizer.from_pretrained(source)
     assert mine("a [X] text")["input_ids"] == given("a [X] text")["input_ids"]
