@@ -206,7 +206,8 @@ def build_student(
         torch.manual_seed(seed)
         encoder = RelationEncoder(AutoModel.from_config(config, dtype=torch.float32, **without_pooler(config)), layers)
     if kind != "random":
-        weights = _load_backbone(teacher_model, teacher, "auto", trust_remote_code)
+        needed = with_layers(teacher, 1) if kind == "embeddings" else teacher  # every rank reads them for itself
+        weights = _load_backbone(teacher_model, needed, "auto", trust_remote_code)
         student_init.start_from_teacher(encoder, weights, kind, origins)
     if tail_init == "identity":
         student_init.clear_tail(encoder)
