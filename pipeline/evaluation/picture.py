@@ -15,7 +15,8 @@ def draw(results: Results) -> str:
     """Two panels side by side: the mean score of the tasks over the number of parameters, and over the speed."""
     names = list(results.models)
     scores = [100 * results.average(name) for name in names]
-    tasks = ", ".join(line.task for line in results.headlines())
+    tasks = [line.task for line in results.headlines()]
+    title = html.escape(f"{'Mean score' if len(tasks) > 1 else 'Score'} on {', '.join(tasks)} (%)")
     panels = [
         ("parameters (millions)", [results.models[name]["parameters"] / 1e6 for name in names]),
         ("forward tokens/s on this machine", [results.models[name]["forward_tokens_per_second"] for name in names]),
@@ -27,7 +28,7 @@ def draw(results: Results) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * _WIDTH + 180}" height="{_HEIGHT + 120}" '
         f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
-        f'<text x="{_LEFT}" y="24" font-size="14" font-weight="bold">Mean score on {html.escape(tasks)}</text>'
+        f'<text x="{_LEFT}" y="24" font-size="14" font-weight="bold">{title}</text>'
         f"{drawn}</svg>\n"
     )
 
