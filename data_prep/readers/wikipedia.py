@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from data_prep.errors import UserError
 from data_prep.readers.compression import open_binary, read_up_to
 from data_prep.readers.formats import BadRecord, Block
-from data_prep.readers.wikitext import ENGLISH_NAMES, clean, without_comments
+from data_prep.readers.links import ENGLISH_NAMES
+from data_prep.readers.wikitext import clean, without_comments
 
 PAGE_END = b"</page>"
 _PAGE = re.compile(rb"<page>.*?</page>", re.DOTALL)

@@ -13,9 +13,8 @@ import html
 import re
 
 from data_prep.readers.apostrophes import without_marks
-from data_prep.readers.templates import HOLE, LANGUAGES, arguments, close_holes, first_variant, words_of
-
-ENGLISH_NAMES = frozenset({"media", "file", "image", "category"})
+from data_prep.readers.links import ENGLISH_NAMES, link_text
+from data_prep.readers.templates import HOLE, arguments, close_holes, first_variant, words_of
 
 # Tags whose content is no text, up to the next closing one.
 _DROPPED_TAGS = (
@@ -44,12 +43,7 @@ _BARE_ADDRESS = re.compile(
     re.IGNORECASE,
 )
 _SWITCH = re.compile(r"__(?![a-z])[^\W_]+(?:_[^\W_]+)*__")
-_SISTER = re.compile(r"wikt(?:ionary)?$|commons$|species$|[a-z]+:?(?:wikt|commons)$")
 _HEADING = re.compile(r"(={1,6})(.+?)\1\s*$")
-_FILE_NAME = re.compile(  # as no article has; namespaces have more names than dumps give, and a file's has no colon
-    r"[^:]*\.(?:jpe?g|png|gif|svg|tiff?|webp|bmp|xcf|djvu|pdf|og[gav]|webm|mp[34]|wav|flac|midi?|stl)\s*$",
-    re.IGNORECASE,
-)
 _FILE_LINE = re.compile(r"(?:\[\[)?(?:File|Image):", re.IGNORECASE)  # of a gallery that was never closed
 _SEAM = "\x03"  # where a tag was cut out, so that marks of bold and italic on either side stay two
 _OPENED = "\x04"  # where a table begins; gone with it if it is closed
@@ -252,16 +246,10 @@ def _close_link(pieces: list[str], first: int, depth: int, dropped: frozenset[st
     if depth > _DEEPEST or len(pieces) == first:
         return
     inner = pieces[first] if len(pieces) == first + 1 else "".join(pieces[first:])
-    title, bar, words = inner.partition("|")
-    prefix, colon, rest = title.partition(":")
-    if colon:
-        prefix = prefix.strip()
-        name = prefix.casefold()
-        hidden = prefix in LANGUAGES or (not bar and _SISTER.match(name))
-        if name in dropped or (hidden and not rest.startswith(" ")) or (prefix and _FILE_NAME.match(rest)):
-            del pieces[first:]
-            return
-    pieces[first:] = [words if bar else title.strip().lstrip(":")]
+    if (words := link_text(inner, dropped)) is None:
+        del pieces[first:]
+    else:
+        pieces[first:] = [words]
 
 
 def _close_template(pieces: list[str], first: int, depth: int) -> None:
