@@ -1,5 +1,6 @@
 """Token ids are those of the teacher's own tokenizer, however they are made."""
 
+import functools
 import json
 import random
 import sys
@@ -138,7 +139,7 @@ def test_work_with_a_difference_is_done_by_the_reference_and_counted(samples, tm
         return encoder
 
     monkeypatch.setattr(Encoder, "load", classmethod(load_wrong))
-    monkeypatch.setattr("data_prep.work.units._encoder", Encoder.load)
+    monkeypatch.setattr("data_prep.work.units._encoder", functools.lru_cache(Encoder.load))
     made = prepare(request, tmp_path / "made", workers=0, show_progress=False)
     assert made.manifest.counts["plain"]["disagreements"] == 1
     ours, theirs = (files_of(tmp_path / name / "train") for name in ("made", "reference"))
