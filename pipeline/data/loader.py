@@ -115,6 +115,11 @@ class SampleSet:
             shift_seed=options.seed if options.shift_windows else None,
         )
 
+    @property
+    def without_samples(self) -> list[str]:
+        """Sources that have less text than one sample takes."""
+        return [source for source, size in zip(self.sources, self.sizes, strict=True) if not size]
+
     def locate(self, samples: np.ndarray) -> Places:
         """Finds samples by number, in O(log shards) each; vectorised."""
         source, ordinal = self.mixture.locate(samples)

@@ -78,6 +78,8 @@ class Distillation:
             world_size=self.world_size,
             samples_seen=self.samples_seen,
         )
+        if self.recipe.data.weights is None and (short := self.loader.sample_set.without_samples):
+            self.terminal.say(f"never seen, having less text than one sample takes: {', '.join(short)}")
         self.is_padded = self.recipe.data.packing == "none"
         self._tokens_seen, self._tokens_taken = self._tokens_before(), 0  # of all ranks; of this one, not yet logged
         self.validation = Validation(

@@ -198,7 +198,8 @@ def test_a_source_without_a_full_window_cannot_be_asked_for(tmp_path, name):
     with pytest.raises(UserError, match="weights ask for b, which has no full window"):
         SampleSet(corpus, options(weights={"a": 1, name: 1}))
     for fine in ({"weights": {"a": 1, name: 0}}, {"temperature_alpha": 0.5}, {}):
-        assert SampleSet(corpus, options(**fine)).mixture.counts(60).tolist() == [60, 0]
+        made = SampleSet(corpus, options(**fine))
+        assert made.mixture.counts(60).tolist() == [60, 0] and made.without_samples == ["b"]  # which the run says
 
 
 def test_natural_proportions_by_default(corpus):
