@@ -2,7 +2,6 @@
 
 import bz2
 import contextlib
-import gzip
 import lzma
 import os
 import re
@@ -30,7 +29,7 @@ def open_binary(path: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         elif suffix == ".bz2":
             yield Streams(raw, bz2.BZ2Decompressor), raw
         elif suffix == ".gz":
-            yield gzip.open(raw), raw
+            yield Streams(raw, _Gzip), raw
         elif suffix == ".xz":
             yield Streams(raw, lzma.LZMADecompressor), raw
         elif suffix == ".zst":
@@ -46,8 +45,33 @@ class _Nothing:
         raise EOFError("no bytes at all")
 
 
+class _Gzip:
+    """zlib's decompressor for one stream, with the face of those of bzip2 and xz."""
+
+    def __init__(self) -> None:
+        self._stream, self._rest, self._is_full = zlib.decompressobj(wbits=31), b"", False
+
+    @property
+    def eof(self) -> bool:
+        return self._stream.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._stream.unused_data
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._rest and not self._is_full
+
+    def decompress(self, data: bytes, size: int) -> bytes:
+        found = self._stream.decompress(self._rest + data, size)
+        self._rest, self._is_full = self._stream.unconsumed_tail, len(found) == size
+        return found
+
+
 class Streams:
-    """Streams of bzip2 or xz end to end. What follows and is no stream is an error, as it is not for Python's own."""
+    """Streams of gzip, bzip2 or xz end to end. What follows and is no stream is an error, and what precedes a tear is
+    read, as it is not everywhere in Python's own classes."""
 
     def __init__(self, raw, start: Callable):
         """Args:
@@ -121,7 +145,7 @@ def read_up_to(file: IO[bytes], size: int) -> tuple[bytes, str]:
     while left > 0:
         try:
             data = file.read(left if isinstance(file, Range) else min(left, READ_BYTES))
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, OSError, ValueError) as error:
+        except (EOFError, lzma.LZMAError, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             return b"".join(parts), f"truncated or damaged: {error}"
