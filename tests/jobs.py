@@ -13,11 +13,12 @@ from pipeline.engine.operators import import_deepspeed
 
 WORKER = Path(__file__).parent / "pipeline" / "engine" / "stage_worker.py"
 SHIPPED = [name for name in deepspeed_config.shipped_ds_configs() if "nvme" not in name]  # that needs libaio's headers
-BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
+BF16 = {"bf16": {"enabled": True}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}  # at which no step is skipped to find the scale
 OTHERS = {
     **{f"fp32-stage{stage}": {"zero_optimization": {"stage": stage}} for stage in (0, 2, 3)},  # stage 1 is `cpu`
     "bf16-stage1-plain": {**BF16, "zero_optimization": {"stage": 1}},  # the bf16 path without fp32 accumulation
-    "fp16-stage0": {**FP16, "zero_optimization": {"stage": 0}},
+    "fp16-stage1": {**FP16, "zero_optimization": {"stage": 1}},
     "fp16-stage2": {**FP16, "zero_optimization": {"stage": 2}},
 }
 NAMES = [*SHIPPED, *OTHERS]

@@ -214,6 +214,11 @@ def merge(recipe: Recipe, ds_config: dict[str, Any], *, world_size: int) -> dict
         raise UserError(
             "DeepSpeed cannot set data_types for bf16 or fp16 at ZeRO stage 0: leave it out, or use stage 1"
         )
+    if zero_stage(ds_config) == 0 and compute_dtype(ds_config) == torch.float16:
+        raise UserError(
+            "fp16 at ZeRO stage 0: DeepSpeed does not scale the loss there, but takes the scale off the gradient, and "
+            "the weights hardly move. Use stage 1, or bf16"
+        )
     if offload(ds_config, "optimizer")["device"] == "nvme":
         raise UserError(
             "zero_optimization.offload_optimizer.device = nvme is not supported: DeepSpeed's checkpoints of such a run "

@@ -98,7 +98,7 @@ class Hub:
 
         task = self._task
         try:
-            names = get_dataset_split_names(task.hub, **self._where((*task.languages, "")[0]))
+            names = get_dataset_split_names(task.hub, **self._where((*task.languages, "")[0], called="config_name"))
         except Exception as error:  # every way in which a network can fail
             raise self._unreachable(error) from error
         for split in task.splits:
@@ -122,11 +122,12 @@ class Hub:
         except Exception as error:
             raise self._unreachable(error) from error
 
-    def _where(self, language: str) -> dict[str, str | None]:
-        """The hub's own conversion to Parquet has a folder for each configuration, and no list of them."""
+    def _where(self, language: str, called: str = "name") -> dict[str, str | None]:
+        """Which configuration, under the name of an argument. The hub's own conversion to Parquet has a folder for each,
+        and no list of them."""
         task = self._task
         name = task.config.format(language=language) if task.config else None
-        return {"data_dir" if task.revision == CONVERTED else "name": name, "revision": task.revision}
+        return {"data_dir" if task.revision == CONVERTED else called: name, "revision": task.revision}
 
     def _unreachable(self, error: Exception) -> UserError:
         return UserError(

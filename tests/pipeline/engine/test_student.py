@@ -84,3 +84,12 @@ def test_norms_biases_and_frozen_weights_do_not_decay():
     decaying, others = parameter_groups(model, 0.01)
     assert [p.shape for p in decaying["params"]] == [(4, 4)] and decaying["weight_decay"] == 0.01
     assert len(others["params"]) == 3 and others["weight_decay"] == 0.0
+
+
+def test_fp16_at_stage_0_is_refused():
+    """DeepSpeed 0.19 divides a gradient by the scale that its loss never had."""
+    config = {"train_micro_batch_size_per_gpu": 8, "fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}
+    with pytest.raises(UserError, match="fp16 at ZeRO stage 0"):
+        deepspeed_config.merge(load_recipe("demo"), config, world_size=1)
+    config["zero_optimization"]["stage"] = 1
+    deepspeed_config.merge(load_recipe("demo"), config, world_size=1)
