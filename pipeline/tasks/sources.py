@@ -123,7 +123,7 @@ class Hub:
             raise self._unreachable(error) from error
 
     def _where(self, language: str, called: str = "name") -> dict[str, str | None]:
-        """Which configuration, under the name of an argument. The hub's own conversion to Parquet has a folder for each,
+        """Which configuration, by an argument's name. The hub's own conversion to Parquet has a folder for each,
         and no list of them."""
         task = self._task
         name = task.config.format(language=language) if task.config else None
