@@ -14,7 +14,9 @@ from pipeline.engine.operators import import_deepspeed
 WORKER = Path(__file__).parent / "pipeline" / "engine" / "stage_worker.py"
 SHIPPED = [name for name in deepspeed_config.shipped_ds_configs() if "nvme" not in name]  # that needs libaio's headers
 BF16 = {"bf16": {"enabled": True}}
-FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}  # at which no step is skipped to find the scale
+FP16 = {
+    "fp16": {"enabled": True, "initial_scale_power": 12}
+}  # no step is skipped to find the scale, little is denormal
 OTHERS = {
     **{f"fp32-stage{stage}": {"zero_optimization": {"stage": stage}} for stage in (0, 2, 3)},  # stage 1 is `cpu`
     "bf16-stage1-plain": {**BF16, "zero_optimization": {"stage": 1}},  # the bf16 path without fp32 accumulation

@@ -64,7 +64,7 @@ def trained(toy_run, request) -> Path:
     needed = {"fp32-stage0", *(name for name, _ in asked)}
     for ranks in RANKS:
         names = [name for name in RUNNABLE if name in needed]
-        train(folder, ranks, [_job(overrides, f"{name}-{ranks}", name) for name in names])
+        _train_apart(folder, ranks, [_job(overrides, f"{name}-{ranks}", name) for name in names])
     for ranks in RANKS:
         jobs = []
         for name in (name for name in RUNNABLE if (name, ranks) in asked):
@@ -74,9 +74,16 @@ def trained(toy_run, request) -> Path:
                 jobs.append(_job(overrides, f"{here}-other-ranks", name, copy=there, resume="2"))
             if ranks == RANKS[-1]:
                 jobs.append(_job(overrides, f"{here}-next", following(name), copy=here, resume="2"))
-        if jobs:
-            train(folder, ranks, jobs)
+        _train_apart(folder, ranks, jobs)
     return folder
+
+
+def _train_apart(folder: Path, ranks: int, jobs: list[dict]) -> None:
+    """Those in fp16 in processes of their own: the last bits of what torch computes in fp16 on a CPU hang on what the
+    process has computed before."""
+    for is_half in (False, True):
+        if chosen := [job for job in jobs if job["config"].get("fp16", {}).get("enabled", False) == is_half]:
+            train(folder, ranks, chosen)
 
 
 def parameters_here(item: pytest.Item, path: Path) -> dict:
