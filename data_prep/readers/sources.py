@@ -71,10 +71,11 @@ class Source:
         kind, *options = head.split(",")
         if not colon or not path or kind not in KINDS:
             raise UserError(f"source {text!r}: expected KIND:PATH with KIND one of {', '.join(KINDS)}.")
-        pairs = dict(option.partition("=")[::2] for option in options)
-        if twice := sorted({"kind", "path"} & set(pairs)) or len(pairs) < len(options):
-            raise UserError(f"source {text!r} says {twice[0] if twice is not True else 'an option'} twice.")
-        return cls.from_options({"kind": kind, "path": os.path.expanduser(path), **pairs})
+        pairs = [("kind", kind), ("path", os.path.expanduser(path)), *(o.partition("=")[::2] for o in options)]
+        names = [name for name, _ in pairs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"source {text!r} says {twice} twice.")
+        return cls.from_options(dict(pairs))
 
     @classmethod
     def from_options(cls, options: dict) -> "Source":

@@ -31,7 +31,7 @@ from pipeline.relations.qkv import QKV
 from pipeline.tasks.vectors import qkv_vectors
 from pipeline.training import run_folder
 from pipeline.training.build import compared_layers, fresh_student
-from pipeline.training.metrics import SCORES, read_metrics
+from pipeline.training.metrics import SCORES, iterate_metrics
 from pipeline.training.monitor import PhaseTimer, RunLog, peak_memory_bytes, start_monitor
 
 
@@ -101,7 +101,10 @@ class StudentRun:
 
     def last_logged(self, name: str) -> Any:
         """What the log's last training record up to the present step says; None if nothing."""
-        return next((r.get(name) for r in reversed(read_metrics(self.output, "train")) if r["step"] <= self.step), None)
+        last = None
+        for record in iterate_metrics(self.output, "train"):  # which may be long
+            last = record.get(name) if record["step"] <= self.step else last
+        return last
 
     def say(self, text: str) -> None:
         """A line for the terminal, with the run's name if it is one of several."""
