@@ -13,12 +13,13 @@ from data_prep import durable
 from data_prep.errors import UserError
 from data_prep.readers.sources import Source
 from data_prep.shards import Corpus
+from data_prep.tokens import tokenizer_files
 from data_prep.work.parts import SPLITS
 
 WORK_FOLDER = ".work"
 _TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("vocab.txt", "merges.txt", "spm.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja"),
+    *tokenizer_files.VOCABULARIES,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja"),
 )
 Inputs = dict[str, list]  # source -> what its units are cut from
 
